@@ -25,6 +25,11 @@ class Denoiser(nn.Module):
         """x_t (B, *shape) float32 or better, t an index into the schedule -> x0_hat, the same shape and dtype."""
         raise NotImplementedError
 
+    def for_steps(self, weights: dict[int, float]) -> "Denoiser":
+        """The denoiser of one chain. weights: the weight of x0_hat in the mean of the step from index t. The same for
+        all chains, unless a denoiser knows how to take the error of finite steps out of its estimate."""
+        return self
+
 
 class NetworkDenoiser(Denoiser):
     """x0_hat = skip_t x_t + out_t F(in_t x_t, time_t), the form every published parametrisation takes.

@@ -20,13 +20,15 @@ LOG_SNR_FLOOR = -9.0  # below, x_t is noise to within 1e-4 of its variance: step
 class Schedule:
     """A table of alpha_t, sigma_t and of the time that the network is given, cleanest first.
 
-    alpha, sigma, time: (T,) float64. init_std: the standard deviation of x_T, the first state of a chain.
+    alpha, sigma, time: (T,) float64. init_std: the standard deviation of x_T, the first state of a chain. floor: steps
+    uniform in log-SNR begin no lower than this.
     """
 
     alpha: Tensor
     sigma: Tensor
     time: Tensor
     init_std: float = 1.0
+    floor: float = LOG_SNR_FLOOR
     log_snr: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -50,6 +52,14 @@ class Schedule:
     def __len__(self) -> int:
         return self.alpha.numel()
 
+    def start_std(self, t: int) -> float:
+        """Standard deviation of a chain's first state when it starts at index t: sqrt(alpha_t^2 + sigma_t^2).
+
+        That of x_t for data of unit variance: 1 where variance preserving, sqrt(sigma_t^2 + 1) where alpha = 1 (as in
+        diffusers), 1 at the pure noise of a flow. It depends on t, for the steps need not start at T - 1.
+        """
+        return math.hypot(float(self.alpha[t]), float(self.sigma[t]))
+
     @classmethod
     def variance_preserving(cls, alphas_cumprod: Tensor, time: Tensor | None = None) -> "Schedule":
         """alpha_t^2 = alphas_cumprod (T,), sigma_t^2 = 1 - alpha_t^2; a zero-SNR end is dropped."""
@@ -59,17 +69,17 @@ class Schedule:
         return cls(bar[keep].sqrt(), (1 - bar[keep]).sqrt(), time[keep])
 
     @classmethod
-    def uniform_log_snr(cls, n: int = 1000, high: float = 14.0, low: float = -14.0) -> "Schedule":
-        """A variance-preserving table, uniform in log-SNR: what an analytic prior is sampled on."""
-        log_snr = torch.linspace(high, low, n, dtype=torch.float64)
-        bar = torch.sigmoid(log_snr)
-        return cls(bar.sqrt(), torch.sigmoid(-log_snr).sqrt(), torch.arange(n, dtype=torch.float64))
+    def from_log_snr(cls, log_snr: Tensor) -> "Schedule":
+        """The variance-preserving table with these levels (T,), falling: alpha^2 = sigmoid(log-SNR)."""
+        log_snr = torch.as_tensor(log_snr, dtype=torch.float64)
+        time = torch.arange(len(log_snr), dtype=torch.float64)
+        return cls(torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt(), time, floor=float(log_snr[-1]))
 
 
 def step_indices(schedule: Schedule, steps: int, spacing: str = "log-snr") -> list[int]:
     """Indices of a chain with `steps` network calls, noisiest first: [t_1 > t_2 > ... > t_steps].
 
-    "log-snr": uniform in log-SNR between max(log_snr_T, -9) and log_snr_0; "index": uniform in the index of the
+    "log-snr": uniform in log-SNR between max(log_snr_T, schedule.floor) and log_snr_0; "index": uniform in the index of the
     training table. Raises ValueError for an unknown spacing or a number of steps outside [1, T].
     """
     if spacing not in SPACINGS:
@@ -79,7 +89,7 @@ def step_indices(schedule: Schedule, steps: int, spacing: str = "log-snr") -> li
     if spacing == "index":
         wanted = torch.linspace(len(schedule) - 1, 0, steps, dtype=torch.float64).round().long()
         return wanted.tolist()
-    start = max(float(schedule.log_snr[-1]), min(LOG_SNR_FLOOR, float(schedule.log_snr[0])))
+    start = max(float(schedule.log_snr[-1]), min(schedule.floor, float(schedule.log_snr[0])))
     goals = torch.linspace(start, float(schedule.log_snr[0]), steps, dtype=torch.float64)
     nearest = (schedule.log_snr[None] - goals[:, None]).abs().argmin(1).tolist()
     return _strictly_decreasing(nearest, len(schedule))

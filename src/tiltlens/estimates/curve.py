@@ -1,0 +1,138 @@
+"""The curve of one unit: recorded samples -> one row a strength.
+
+A row says two things. What was *sampled* (the guided law q'): means of activation, z and energy, path_kl and
+kl_lower, which bracket KL(q'||p), their ratio (efficiency), the ESS of the weights and the gap to the
+optimum. And what the *optimum* q_s is at this strength: log_z and kl, by the method named in kl_method (see
+`sweep`). Null (None) means not defined or not to be had honestly; a warning, one sentence, says why.
+"""
+
+import numpy as np
+
+from tiltlens.estimates.audit import audit
+from tiltlens.estimates.bootstrap import standard_errors
+from tiltlens.estimates.bounds import Mean, least_kl, mean, objective
+from tiltlens.estimates.importance import tilt
+from tiltlens.estimates.sweep import Sweep, decide, evaluate, trusted_log_z
+from tiltlens.estimates.table import Group, read_groups
+
+TOP = 8.0  # times the largest strength: how far the lower bound looks for the strength that q' really reached
+NOTHING = Mean(np.nan, np.nan)
+
+
+def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[list[dict], list[str]]:
+    """Rows (sorted by strength) and warnings of one unit, whose name they carry.
+
+    table: columns (N,), a dict of arrays or a structured array: strength, seed, activation, energy, and where
+    recorded z, log_w, path_kl (None or NaN at eta = 0), finite (bool). pilot: columns (n,)
+    energy, activation, z of unguided samples with seeds of their own, pooled into strength 0.
+
+    Rows with a NaN, an infinity or finite = False are left out and counted (nonfinite). Units: nats for
+    log_z, kl, path_kl, kl_lower, gap; samples for ess. Every *_se is one standard error. Raises ValueError
+    for missing columns and columns of different lengths.
+    """
+    groups = read_groups(table, pilot)
+    filled = [g for g in groups if len(g.samples)]
+    samples = [g.samples for g in filled]
+    if not samples:
+        return [_row(unit, g, {}) for g in groups], [_lost(g) for g in groups if g.nonfinite]
+    warnings = [_lost(g) for g in groups if g.nonfinite]
+
+    nodes = decide(samples)
+    at = [next(k for k, n in enumerate(nodes) if n.strength == run.strength) for run in samples]
+    trust = trusted_log_z(samples, TOP * samples[-1].strength or 1.0)
+    reach = [
+        least_kl(mean(run.energy, None, run.martingale).value, *trust) if run.strength else None
+        for run in samples
+    ]
+
+    def everything(counts: list[np.ndarray]) -> np.ndarray:
+        """(..., 4 K + 2 runs): all that is estimated, for given counts of the samples."""
+        sweep = evaluate(nodes, samples, counts)
+        lower, gap = [], []
+        for k, run in enumerate(samples):
+            zero = np.zeros(counts[0].shape[:-1])
+            if best := reach[k]:
+                energy = mean(run.energy, counts[k], run.martingale).value
+                lower.append(-best.l * energy - tilt(samples[best.source], best.l, counts[best.source]).log_z)
+            else:
+                lower.append(zero)
+            cost = objective(run, run.strength, counts[k]).value if run.path_kl is not None else zero + np.nan
+            gap.append(cost + sweep.log_z[..., at[k]] if run.strength else zero)
+        return np.concatenate([np.concatenate(sweep, -1), np.stack(lower, -1), np.stack(gap, -1)], -1)
+
+    ones = [np.ones(len(run)) for run in samples]
+    sizes = np.cumsum([len(nodes)] * 4 + [len(samples)])
+    point = np.split(everything(ones), sizes)
+    se = np.split(standard_errors(everything, [run.cluster for run in samples]), sizes)
+    sweep, sweep_se = Sweep(*point[:4]), Sweep(*se[:4])
+    sweep, sweep_se, methods, said = audit(nodes, samples, sweep, sweep_se)
+    warnings += said
+
+    rows = []
+    for group in groups:
+        if not len(group.samples):
+            rows.append(_row(unit, group, {"kl_method": "bounds"}))
+            continue
+        k = next(i for i, g in enumerate(filled) if g is group)
+        run, j = samples[k], at[k]
+        path_kl = mean(run.path_kl) if run.path_kl is not None else NOTHING
+        lower = Mean(point[4][k], se[4][k])
+        values = {
+            "path_kl": path_kl,
+            "kl_lower": lower,
+            "kl": Mean(sweep.kl[j], sweep_se.kl[j]),
+            "log_z": Mean(sweep.log_z[j], sweep_se.log_z[j]),
+            "gap": Mean(point[5][k], se[5][k]) if np.isfinite(sweep.log_z[j]) else NOTHING,
+        }
+        if run.strength == 0:
+            values = dict.fromkeys(values, Mean(0.0, 0.0))
+        elif path_kl.value > 0:
+            values["efficiency"] = lower.value / path_kl.value
+        if run.log_w is not None:
+            values["ess"] = tilt(run, run.strength).ess
+        values["kl_method"] = methods[j]
+        rows.append(_row(unit, group, values))
+        if reach[k] and reach[k].edge:
+            warnings.append(
+                f"strength {run.strength:g}: the mean energy lies beyond the reach of trusted weights "
+                f"(l = {reach[k].l:.3g}): kl_lower is a bound still, but not the sharpest."
+            )
+    return rows, warnings
+
+
+def _lost(group: Group) -> str:
+    total = group.nonfinite + len(group.samples)
+    return (
+        f"strength {group.samples.strength:g}: {group.nonfinite} of {total} samples were not finite and are "
+        "left out; what is said holds for the rest."
+    )
+
+
+def _row(unit: str, group: Group, values: dict) -> dict:
+    """One row with every key, in order; NaN becomes None."""
+    described = {
+        "activation": mean(group.activation),
+        "z": mean(group.z) if group.z is not None else NOTHING,
+        "energy": mean(group.samples.energy),
+    }
+    row = {"unit": unit, "strength": group.samples.strength, "n": len(group.samples)}
+    for name in ("activation", "z", "energy"):
+        row |= _pair(f"{name}_mean", f"{name}_se", described[name])
+    row |= _pair("path_kl", "path_kl_se", values.get("path_kl"))
+    row |= _pair("kl_lower", "kl_lower_se", values.get("kl_lower"))
+    row["efficiency"] = _number(values.get("efficiency", np.nan))
+    row |= _pair("kl", "kl_se", values.get("kl"))
+    row["kl_method"] = values.get("kl_method", "bounds")
+    row |= _pair("log_z", "log_z_se", values.get("log_z"))
+    row["ess"] = _number(values.get("ess", np.nan))
+    row |= _pair("gap", "gap_se", values.get("gap"))
+    return row | {"nonfinite": group.nonfinite}
+
+
+def _pair(name: str, se: str, value: Mean | None) -> dict:
+    value = value or NOTHING
+    return {name: _number(value.value), se: _number(value.se) if np.isfinite(value.value) else None}
+
+
+def _number(x: float) -> float | None:
+    return float(x) if np.isfinite(x) else None

@@ -1,0 +1,119 @@
+"""Importance sampling: log Z, mean energy and KL of the optimum q_s from weighted samples.
+
+    Z(s) = E_Q[w],   m(s) = E_Q[w E] / Z,   KL(q_s||p) = -s m(s) - log Z(s),   ESS = 1 / sum W^2
+
+with W = w / sum w. The weights of a run at strength s' serve any other strength, since dP/dQ is the same:
+log w -> log w - (s - s') E. With s' = 0 this re-weights the unguided samples.
+
+*Control variate.* M = sum delta.z/v has mean zero under Q. The influence of one sample on log Z^ and m^ is
+
+    phi_Z = w / Z - 1,    phi_m = (w / Z)(E - m),    and on KL^ = -s m^ - log Z^ the sum -s phi_m - phi_Z
+
+so that theta^ - beta mean(M), beta = cov(phi, M) / var(M), has the same limit and never a larger variance
+(least squares). It is what makes KL cheap near the optimum: there w is constant and -s(E - m) = M + (path_kl
+- its mean), so beta removes all that M explains. Being linear, the correction of KL is that of its two terms.
+
+*Collapse.* Heavy weights are judged by their own few largest members: an estimate that passes a test of ESS
+was also lucky. So a second, steadier judge sits beside ESS: were log w normal, ESS / n would be exp(-var log
+w), and the upper half of log w tells that variance from n / 2 samples (a long lower tail harms nobody). The
+smaller counts: trusted ESS. KL weighs the tail by -s E besides and needs more than Z. Simulated (log w
+normal, n = 64 to 4096, spread swept), the worst share of runs that pass and are wrong by more than 2 (3) of
+their standard errors:
+
+    asked                               log Z          KL
+    ESS >= 10                           0.31           0.64 (0.57)
+    ESS >= 2 sqrt n                     0.12 (0.06)    0.36 (0.30)
+    trusted ESS >= 2 sqrt n             0.09 (0.03)    0.24 (0.15)
+    trusted ESS >= 4 sqrt n             0.06 (0.01)    0.18 (0.09)
+
+Hence the floors: 2 sqrt n for Z, 4 sqrt n for m and KL, neither above n / 2 nor below 10. What is left errs
+low. No such test sees a mode that no sample fell into, nor an exponential tail of E (there KL is 3 errors off
+in half the runs).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tiltlens.estimates.samples import Samples
+
+ESS_FLOOR = 10.0
+LOG_Z_ROOT = 2.0  # times sqrt n: the trusted ESS that log Z asks for
+KL_ROOT = 4.0  # and that m(s) and KL ask for
+CONTROL_FRACTION = 0.1  # of ESS / n; below, a few weights set beta, and its noise costs more than it saves
+CONTROL_MIN = 16  # samples: a regression on fewer is biased by about its own gain
+
+
+class Tilt(NamedTuple):
+    """Estimates of q_s from samples of another law; shape () or, for resampled counts, (B,).
+
+    log_z in nats, energy = m(s), variance = Var_{q_s}(E); ess = 1/sum W^2; max_weight = max W, of the whole
+    sample.
+    """
+
+    log_z: np.ndarray
+    energy: np.ndarray
+    variance: np.ndarray
+    ess: float
+    max_weight: float
+
+    def kl(self, strength: float) -> np.ndarray:
+        """KL(q_s||p) = -s m(s) - log Z(s), nats."""
+        return -strength * self.energy - self.log_z
+
+
+def ess_floor(n: int, root: float) -> float:
+    """The trusted ESS from which n weights are believed; root: LOG_Z_ROOT or KL_ROOT."""
+    return max(ESS_FLOOR, min(root * np.sqrt(n), n / 2))
+
+
+def trusted_ess(log_w: np.ndarray) -> float:
+    """min(ESS, n exp(-spread)) of log weights (n,); spread: mean square of the upper half from the median."""
+    w = np.exp(log_w - log_w.max())
+    upper = np.sort(log_w)[len(log_w) // 2 :]
+    spread = np.mean((upper - np.median(log_w)) ** 2)
+    return float(min(w.sum() ** 2 / (w @ w), len(log_w) * np.exp(-spread)))
+
+
+def reweight(samples: Samples, strength: float) -> np.ndarray:
+    """log w (n,) of a run's samples for another strength u: log w_u = log w - (u - s) E, E_Q[w_u] = Z(u).
+
+    Raises ValueError where the run recorded no weights (eta = 0).
+    """
+    if samples.log_w is None:
+        raise ValueError(
+            f"the samples at strength {samples.strength} carry no importance weights (eta = 0): "
+            "expected log_w; re-weight samples of strength 0, or sample with eta > 0"
+        )
+    return samples.log_w + (samples.strength - strength) * samples.energy
+
+
+def tilt(samples: Samples, strength: float, counts: np.ndarray | None = None) -> Tilt:
+    """log Z(u), m(u) and Var of q_u, u = strength, from a run at any strength with weights.
+
+    counts: (..., n) how often each sample is drawn, (by default once); the bootstrap passes (B, n). The
+    control variate is used when the whole sample has ESS / n >= 0.1 and n >= 16. Raises ValueError without
+    weights.
+    """
+    counts = np.ones(len(samples)) if counts is None else counts
+    log_w = reweight(samples, strength)
+    shift = log_w.max()
+    w = np.exp(log_w - shift)  # at most 1; what underflows is below 1e-300 of the largest
+    total = w.sum()
+    ess, max_weight = float(total**2 / (w @ w)), float(1 / total)
+    centre = w @ samples.energy / total  # E is measured from here: E + c then changes log Z alone
+    e = samples.energy - centre
+    columns = np.stack([np.ones_like(w), w, w * e, w * e**2], 1)
+    n, sum_w, sum_we, sum_wee = np.moveaxis(counts @ columns, -1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample may miss every weight that counts
+        log_z = shift + np.log(sum_w / n)
+        energy = sum_we / sum_w
+        variance = sum_wee / sum_w - energy**2
+    m = samples.martingale
+    if m is not None and np.ptp(m) > 0 and len(m) >= CONTROL_MIN and ess >= CONTROL_FRACTION * len(m):
+        sum_m, sum_mm, sum_wm, sum_wem = np.moveaxis(counts @ np.stack([m, m**2, w * m, w * e * m], 1), -1, 0)
+        mean_m = sum_m / n
+        var_m = sum_mm / n - mean_m**2
+        log_z = log_z - (sum_wm / sum_w - mean_m) / var_m * mean_m
+        energy = energy - (sum_wem - energy * sum_wm) / sum_w / var_m * mean_m
+    return Tilt(log_z, centre + energy, variance, ess, max_weight)

@@ -1,0 +1,116 @@
+"""Calibrated guidance with memory: the default.
+
+The activation of the clean estimate, u_t = a(x0_hat), says little about a(x_0) at high noise. A pilot of unguided
+trajectories regresses a(x_0) on u_t at every step, a(x_0) | u_t ~ N(c_t + rho_t u_t, r_t^2), and the twist is
+
+    psi_t = E[exp(-s E(a))],  a ~ N(c_t + rho_t u_t, r_t^2),      for E = -a:  log psi_t = s rho_t u_t + const,
+
+so that strength means what it says and nothing is spent where the unit cannot be read. Memory: single-step gradients
+are mostly noise that later steps undo, and KL pays for both; their running average along the trajectory, with time
+constant `memory` in units of log-SNR, is pulled back through the denoiser instead. The shift may depend on the whole
+past, so that all weights stay exact. Smoothing: the gradient is averaged over a few shifts and flips of the image.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltlens.constraint import RowConstraint
+from tiltlens.guidance.guidance import Guidance, PilotTables, Step, per_row
+
+VIEWS = [(dy, dx, flip) for dy, dx in ((0, 0), (1, -1), (-1, 1), (1, 1), (-1, -1)) for flip in (False, True)]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """h (B, *shape): the running average, biased towards its zero start; weight (B,): the sum of its weights, 1 - b^k."""
+
+    h: Tensor
+    weight: Tensor
+
+
+class Calibrated(Guidance):
+    """The calibrated twist with memory and smoothing.
+
+    memory: time constant of the running average in units of log-SNR; b = exp(-step / memory), 0.8 a step at 40 steps;
+    0 switches it off. smoothing: views of the clean estimate (flips, shifts of a pixel) averaged, each one pass of the
+    encoder; 1 is the image as it is. Vectors have one view.
+    """
+
+    needs_pilot = True
+
+    def __init__(self, memory: float = 2.0, smoothing: int = 2, profile: Any = None):
+        super().__init__(profile)
+        if not (math.isfinite(memory) and memory >= 0):
+            raise ValueError(f"Calibrated: memory is a time in log-SNR, a number >= 0; found {memory}")
+        if not 1 <= smoothing <= len(VIEWS):
+            raise ValueError(f"Calibrated: smoothing must lie in 1..{len(VIEWS)}, found {smoothing}")
+        self.memory, self.smoothing = memory, smoothing
+        self._tables: PilotTables | None = None
+
+    def prepare(self, pilot: PilotTables | None, prior: Any, constraint: Any) -> None:
+        super().prepare(pilot, prior, constraint)
+        self._tables = pilot
+
+    def start(self, x_t: Tensor) -> Memory:
+        return Memory(torch.zeros_like(x_t), torch.zeros(len(x_t), dtype=x_t.dtype, device=x_t.device))
+
+    def _row(self, table: Tensor, step: Step, rows: RowConstraint) -> Tensor:
+        return table[rows.which.cpu(), step.number].to(rows.strength)
+
+    def active(self, step: Step, rows: RowConstraint) -> bool:
+        return super().active(step, rows) and bool((self._row(self._tables.slope, step, rows) != 0).any())
+
+    def cotangent(self, clean: Tensor, step: Step, rows: RowConstraint, memory: Memory):
+        slope = self._row(self._tables.slope, step, rows)
+        intercept = self._row(self._tables.intercept, step, rows)
+        variance = self._row(self._tables.residual_variance, step, rows)
+        images = rows.decode(clean)
+        views = _views(images, self.smoothing, step.number)
+        u = rows.argument(rows.read(views)).reshape(-1, len(clean)).mean(0)
+        mean = intercept + slope * u.detach()
+        mean.requires_grad_()
+        (force,) = torch.autograd.grad(rows.log_tilt(mean, variance).sum(), mean)
+        (h,) = torch.autograd.grad((force * u).sum(), clean)
+        h, weight = self._remember(h, slope, step, memory)
+        average = h / per_row(weight.clamp_min(1e-12), h)
+        return average, Memory(h, weight), lambda g, _: per_row(slope, g) * g
+
+    def _remember(self, h: Tensor, slope: Tensor, step: Step, memory: Memory) -> tuple[Tensor, Tensor]:
+        """The average begins, for each row, with the first step whose slope is not about zero."""
+        b = math.exp(-self._gap(step.number) / self.memory) if self.memory > 0 else 0.0
+        reads = slope != 0
+        weight = torch.where(reads, b * memory.weight + (1 - b), memory.weight)
+        mask = reads.reshape(-1, *[1] * (h.ndim - 1))
+        return torch.where(mask, b * memory.h + (1 - b) * h, memory.h), weight
+
+    def _gap(self, number: int) -> float:
+        """log-SNR gained since the step before."""
+        levels = self._tables.log_snr
+        return float(levels[number] - levels[number - 1]) if number else float(levels[1] - levels[0]) if len(levels) > 1 else 1.0
+
+
+def _views(images: Tensor, count: int, number: int) -> Tensor:
+    """(count B, ...): `count` views of every image, taken in turn from step to step, so that memory averages over all."""
+    if images.ndim != 4 or count == 1:
+        return images
+    unit = max(images.shape[-1] // 32, 1)
+    out = []
+    for k in range(count):
+        dy, dx, flip = VIEWS[(number * count + k) % len(VIEWS)]
+        view = _shifted(images, dy * unit, dx * unit)
+        out.append(view.flip(-1) if flip else view)
+    return torch.cat(out)
+
+
+def _shifted(images: Tensor, dy: int, dx: int) -> Tensor:
+    """Shift by whole pixels, the border repeated."""
+    if dy == dx == 0:
+        return images
+    m = max(abs(dy), abs(dx))
+    padded = torch.nn.functional.pad(images, (m, m, m, m), mode="replicate")
+    h, w = images.shape[-2:]
+    return padded[..., m + dy : m + dy + h, m + dx : m + dx + w]

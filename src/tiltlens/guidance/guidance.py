@@ -1,0 +1,161 @@
+"""Energy -> steering of a denoiser.
+
+With a positive twist psi_t(x_t) ~ E_p[exp(-s E(x_0)) | x_t] and g = grad_{x_t} log psi_t, a guided step shifts the
+clean estimate, x0_hat <- x0_hat + (sigma_t^2 / alpha_t) g (Tweedie; Wu et al., Twisted Diffusion Sampler, 2023), and
+leaves the variance of the base step alone. Any shift that is fixed before the step's noise is drawn keeps the weights
+exact, so that methods differ only in how good their shift is.
+
+The common frame: one forward of the denoiser, whose graph serves the value and the vector-Jacobian product; a method
+says what cotangent d log psi / d x0_hat is pulled back. Nothing is ever normalised over the batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltlens.constraint import RowConstraint
+from tiltlens.denoiser import Denoiser
+from tiltlens.schedule import Schedule
+
+Profile = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a chain stands: step `number` of the chain, index t of the table; `twist_noise(k)` draws (B, k, *shape)
+    from each row's own twist stream."""
+
+    number: int
+    t: int
+    schedule: Schedule
+    clip: bool
+    twist_noise: Callable[[int], Tensor]
+
+    @property
+    def alpha(self) -> float:
+        return float(self.schedule.alpha[self.t])
+
+    @property
+    def sigma(self) -> float:
+        return float(self.schedule.sigma[self.t])
+
+    @property
+    def fraction(self) -> float:
+        """t / T: 0 at the clean end of the table, 1 at the noisy one."""
+        return self.t / max(len(self.schedule) - 1, 1)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """x0_hat (B, *shape): the *unguided* clean estimate. shift: what guidance adds to it, None for an unguided step.
+    memory: what the method carries to the next step, part of the state of the chain."""
+
+    x0_hat: Tensor
+    shift: Tensor | None
+    memory: Any = None
+
+
+@dataclass
+class PilotTables:
+    """What calibration knows of a unit at each step of the chain: a(x_0) regressed on u_t = a(x0_hat), both as the
+    energy's argument. slope, intercept, residual_variance: (units, steps); slope 0 where it is not about zero."""
+
+    slope: Tensor
+    intercept: Tensor
+    residual_variance: Tensor
+    log_snr: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def clean_estimate(denoiser: Denoiser, x_t: Tensor, t: int, clip: bool) -> Tensor:
+    """x0_hat, clipped to [-1, 1] where the chain says so: in base law and guided law alike."""
+    x0_hat = denoiser(x_t, t)
+    return x0_hat.clamp(-1, 1) if clip else x0_hat
+
+
+class Guidance:
+    """A method of guidance. profile: weight of the shift in time: None for constant 1, [t_lo, t_hi] as fractions of the
+    training table (0 clean, 1 noisy), or a callable fraction -> weight >= 0."""
+
+    needs_pilot = False
+
+    def __init__(self, profile: list[float] | Profile | None = None):
+        if isinstance(profile, (list, tuple)):
+            if len(profile) != 2 or not 0 <= profile[0] < profile[1] <= 1:
+                raise ValueError(f"{type(self).__name__}: profile [t_lo, t_hi] needs 0 <= t_lo < t_hi <= 1, found {profile}")
+        elif profile is not None and not callable(profile):
+            raise ValueError(f"{type(self).__name__}: profile must be None, [t_lo, t_hi] or a callable, found {profile!r}")
+        self.profile = profile
+
+    def weight(self, step: Step) -> float:
+        """The time profile at this step."""
+        if self.profile is None:
+            return 1.0
+        if callable(self.profile):
+            return float(self.profile(step.fraction))
+        return 1.0 if self.profile[0] <= step.fraction <= self.profile[1] else 0.0
+
+    def prepare(self, pilot: PilotTables | None, prior: Any, constraint: Any) -> None:
+        """Freeze what the method learns of the run before it; called once. Raises ValueError where it cannot work."""
+        if self.needs_pilot and pilot is None:
+            raise ValueError(f"{type(self).__name__} needs a pilot of unguided trajectories: set pilot >= 8")
+
+    def start(self, x_t: Tensor) -> Any:
+        """The memory of new trajectories."""
+        return None
+
+    def active(self, step: Step, rows: RowConstraint) -> bool:
+        """False where no row would be shifted: the step then costs one forward, with no graph."""
+        return step.alpha > 1e-6 and self.weight(step) != 0 and bool((rows.strength > 0).any())
+
+    def __call__(self, denoiser: Denoiser, x_t: Tensor, step: Step, rows: RowConstraint, memory: Any) -> Guided:
+        """One guided estimate; a single forward of the denoiser."""
+        if not self.active(step, rows):
+            with torch.no_grad():
+                return Guided(clean_estimate(denoiser, x_t, step.t, step.clip), None, memory)
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = x_t.detach().clone().requires_grad_()
+            x0_hat = clean_estimate(denoiser, leaf, step.t, step.clip)
+            clean = x0_hat.detach().clone().requires_grad_()
+            cotangent, memory, after = self.cotangent(clean, step, rows, memory)
+            (g,) = torch.autograd.grad(x0_hat, leaf, cotangent.to(x0_hat.dtype))
+        g = after(g, cotangent)
+        return Guided(x0_hat.detach(), self.shift(g, step, rows), memory)
+
+    def shift(self, g: Tensor, step: Step, rows: RowConstraint) -> Tensor:
+        """(sigma_t^2 / alpha_t) g, times the profile; exactly zero where the strength is."""
+        scaled = g * (self.weight(step) * step.sigma**2 / step.alpha)
+        return torch.where(_expand(rows.strength > 0, g), scaled, torch.zeros_like(scaled)).detach()
+
+    def cotangent(
+        self, clean: Tensor, step: Step, rows: RowConstraint, memory: Any
+    ) -> tuple[Tensor, Any, Callable[[Tensor, Tensor], Tensor]]:
+        """clean: x0_hat as a leaf -> (d log psi / d x0_hat, memory, what remains to be done to g after the pull-back)."""
+        raise NotImplementedError
+
+    def describe(self) -> dict:
+        """Name and settings, for the manifest."""
+        plain = {k: v for k, v in vars(self).items() if isinstance(v, (int, float, str, list, type(None)))}
+        if callable(self.profile):
+            plain["profile"] = getattr(self.profile, "__qualname__", repr(self.profile))
+        return {"class": type(self).__name__, **plain}
+
+
+def unchanged(g: Tensor, cotangent: Tensor) -> Tensor:
+    return g
+
+
+def per_row(values: Tensor, like: Tensor) -> Tensor:
+    """values (B,) -> (B, 1, ...) to multiply a tensor (B, ...)."""
+    return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _expand(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def clean_spread(step: Step, sigma_data: float) -> float:
+    """Standard deviation of x_0 given x_t if x_0 were N(., sigma_data^2 I): sigma s_d / sqrt(alpha^2 s_d^2 + sigma^2)."""
+    return step.sigma * sigma_data / (step.alpha**2 * sigma_data**2 + step.sigma**2) ** 0.5

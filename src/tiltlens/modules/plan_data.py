@@ -1,0 +1,54 @@
+"""The plan as a data module: batches of rows, ready for any number of ranks."""
+
+from collections.abc import Iterable
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from tiltlens.sampling.plan import Row, check_strengths, plan
+
+
+class PlanData(LightningDataModule):
+    """Rows (unit, strength, seed) to sample.
+
+    strengths: s of q_s ~ p exp(-s E), each finite and >= 0; 0 is the prior. n: samples for each unit and strength.
+    seed: the first of n consecutive seeds. batch_size: rows run at once, of any strength and unit; it never changes
+    an image.
+    """
+
+    def __init__(self, strengths: list[float] = (0.0, 1.0, 2.0, 4.0), n: int = 16, seed: int = 0, batch_size: int = 16):  # type: ignore[assignment]
+        super().__init__()
+        self.strengths = check_strengths(list(strengths))
+        for name, value in (("n", n), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"data.{name} = {value}: expected a whole number >= 1")
+        self.n, self.seed, self.batch_size = n, seed, batch_size
+        self.units = 1
+        self.skip: set[Row] = set()
+
+    def rows(self) -> list[Row]:
+        """The whole plan."""
+        return plan(self.units, self.strengths, self.n, self.seed)
+
+    def remaining(self) -> list[Row]:
+        return [r for r in self.rows() if r not in self.skip]
+
+    def batches(self) -> list[list[Row]]:
+        """What is left to do, unguided rows apart from guided ones: the former need no graph."""
+        left = self.remaining()
+        out = []
+        for part in ([r for r in left if r.strength == 0], [r for r in left if r.strength > 0]):
+            out += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+        return out
+
+    def predict_dataloader(self) -> Iterable[list[Row]]:
+        # an item is a whole batch, so that a distributed sampler deals out batches and never splits one
+        return DataLoader(_Batches(self.batches()), batch_size=None, collate_fn=_as_it_is)
+
+
+class _Batches(list):
+    """A list is a map-style data set already; a class of its own keeps the type honest."""
+
+
+def _as_it_is(batch: list[Row]) -> list[Row]:
+    return batch

@@ -1,0 +1,50 @@
+"""Where a run comes from: versions, fingerprints, device, revision."""
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("tiltlens", "torch", "torchvision", "lightning", "diffusers", "timm", "wandb", "numpy", "pymbar")
+
+
+def provenance(module: Any) -> dict[str, Any]:
+    """For manifest.json. module: a loaded SamplingModule."""
+    schedule = module.prior.denoiser.schedule
+    return {
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "device": _device(module.device),
+        "git_revision": _revision(),
+        "prior": {"name": module.prior.name, "sha256": module.prior.fingerprint, **module.prior.describe()},
+        "units": {
+            u.name: {"slug": u.slug, "sha256": u.fingerprint} for u in module.units
+        },
+        "energy": module.energy.describe(),
+        "guidance": module.guidance.describe(),
+        "schedule": {"length": len(schedule), "log_snr": [float(schedule.log_snr[-1]), float(schedule.log_snr[0])],
+                     "init_std": schedule.init_std},
+        "chain": {"steps": module.steps, "eta": module.eta, "spacing": module.spacing, "clip": module.clip},
+        "law": "p is the law of the discrete sampling chain at strength 0: this prior, steps, eta, clipping and precision",
+    }  # fmt: skip
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"{device.type}: {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _revision() -> str | None:
+    """The revision of the source tree, with "-dirty" where it was changed; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout  # noqa: E731
+        top = Path(run("rev-parse", "--show-toplevel").strip())
+        if top not in here.parents or not (top / "pyproject.toml").exists():
+            return None
+        return run("rev-parse", "HEAD").strip() + ("-dirty" if run("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,72 @@
+"""From a run folder's rows to its curve: the one place where recorded rows meet the estimators."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from tiltlens.constraint import Constraint
+from tiltlens.estimates import estimate_curve
+from tiltlens.run_folder import RunFolder
+
+
+def estimate_run(folder: RunFolder, module: Any, data: Any) -> None:
+    """Write curve.parquet, summary.json and pilot/samples.parquet. module: a SamplingModule that has sampled."""
+    sampler = module.sampler
+    table = columns(folder.samples())
+    pilots = pilot_table(sampler.constraint, sampler.pilots) if sampler.pilots else None
+    rows, warnings, natural = [], [], {}
+    for i, unit in enumerate(module.units):
+        mine = {k: v[table["unit"] == unit.name] for k, v in table.items()}
+        pilot = None if pilots is None else {k: v[pilots["unit"] == unit.name] for k, v in pilots.items()}
+        curve, notes = estimate_curve(unit.name, mine, pilot)
+        for row in curve:
+            here = mine["strength"] == row["strength"]
+            row["seconds"] = float(np.nansum(mine["seconds"][here]))
+        rows += curve
+        warnings += [f"{unit.name}: {note}" for note in notes]
+        reference = sampler.constraint.naturals[i]
+        natural[unit.name] = {
+            "mean": reference.mean, "std": reference.std, "n": len(reference.activations),
+            "from": module.natural or ("pilot" if module.pilot else "none"), "level": _level(sampler.constraint, i),
+            "quantiles": {f"q{q:g}": float(torch.quantile(reference.activations, q)) for q in (0.01, 0.05, 0.5, 0.95, 0.99)}
+            if len(reference.activations) else {},
+        }  # fmt: skip
+    if pilots is not None:
+        _write_table(folder, "pilot/samples.parquet", pilots)
+    folder.write_curve(rows, natural=natural, warnings=warnings)
+
+
+def columns(table: pa.Table) -> dict[str, np.ndarray]:
+    """Columns as arrays; null numbers are NaN, null strings None."""
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def pilot_table(constraint: Constraint, pilots: list) -> dict[str, np.ndarray]:
+    """The pilot's samples as rows: unit, seed, activation, z, energy."""
+    columns: dict[str, list] = {k: [] for k in ("unit", "seed", "activation", "z", "energy")}
+    for i, (unit, pilot) in enumerate(zip(constraint.bank.units, pilots)):
+        n = constraint.naturals[i]
+        a = unit.combine((pilot.members.double() - n.member_mean) / n.member_std)
+        z = (a - n.mean) / n.std
+        energy = constraint.energy(z if constraint.energy.standardise else a, float(constraint.level[i]))
+        columns["unit"] += [unit.name] * len(a)
+        columns["seed"] += range(len(a))
+        for key, value in (("activation", a), ("z", z), ("energy", energy)):
+            columns[key] += value.tolist()
+    return {k: np.asarray(v) for k, v in columns.items()}
+
+
+def _level(constraint: Constraint, i: int) -> float | None:
+    return None if constraint.energy.level is None else float(constraint.level[i])
+
+
+def _write_table(folder: RunFolder, name: str, columns: dict[str, np.ndarray]) -> None:
+    path = Path(folder.path) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(pa.table({k: pa.array(v) for k, v in columns.items()}), temporary)
+    temporary.replace(path)

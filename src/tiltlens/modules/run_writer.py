@@ -1,0 +1,172 @@
+"""The run-folder writer: what sampling makes goes to disk batch by batch, and a run that stops can go on.
+
+Images are written before the part that lists them; every file under a temporary name first. At the end, rank 0 merges
+the parts, estimates the curve and writes the report.
+"""
+
+import datetime
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from tiltlens.modules.provenance import provenance
+from tiltlens.modules.results import estimate_run
+from tiltlens.modules.sampling_module import SamplingModule
+from tiltlens.report import write_report
+from tiltlens.run_folder import RunFolder
+from tiltlens.sampling.pilot import UnitPilot
+from tiltlens.sampling.plan import Row
+from tiltlens.sampling.sampler import Samples
+from tiltlens.units import Unit
+
+
+STEP_SEEDS = 64  # seeds of each (unit, strength) whose single steps are kept: enough for a mean, and no flood
+
+
+class PilotStore:
+    """The pilot of each unit under DIR/pilot."""
+
+    def __init__(self, folder: RunFolder):
+        self.path = Path(folder.path) / "pilot"
+
+    def _file(self, unit: Unit) -> Path:
+        return self.path / f"{unit.slug}.safetensors"
+
+    def load_pilots(self, units: list[Unit]) -> list[UnitPilot] | None:
+        """None unless every unit has its pilot."""
+        if not all(self._file(u).exists() for u in units):
+            return None
+        return [UnitPilot.load(self._file(u)) for u in units]
+
+    def save_pilots(self, units: list[Unit], pilots: list[UnitPilot]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        for unit, pilot in zip(units, pilots):
+            pilot.save(self._file(unit))
+
+
+class RunFolderWriter(Callback):
+    """Writes a run folder. out: its path. config: the text of config.yaml; report: write report.html at the end.
+
+    A folder that holds a different run raises ValueError before anything is sampled; a folder that holds part of this
+    run is finished. Strengths and n may grow from one call to the next; nothing that is there is computed again.
+    """
+
+    def __init__(self, out: str, config: str = "", report: bool = True):
+        self.folder = RunFolder(out)
+        self.config, self.report = config, report
+        self._began, self._open = time.time(), False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, SamplingModule):
+            raise ValueError(f"RunFolderWriter writes what SamplingModule samples; found {type(pl_module).__name__}")
+        if trainer.is_global_zero:
+            self.open(pl_module, trainer.datamodule)
+        trainer.strategy.barrier("claimed")
+        pl_module.load()
+        data = trainer.datamodule
+        data.units = len(pl_module.units)
+        index = {u.name: i for i, u in enumerate(pl_module.units)}
+        data.skip = {Row(index[u], s, k) for u, s, k in self.folder.done() if u in index}
+        self.reused = len([r for r in data.rows() if r in data.skip])
+        pl_module.pilot_store = PilotStore(self.folder)
+
+    def open(self, module: SamplingModule, data: Any) -> None:
+        """Load what the run needs and claim the folder for it, once, before anything else is written there (a logger's
+        files, say). Raises every error that the user can put right."""
+        if self._open:
+            return
+        module.load()
+        self._open = True
+        identity = {**module.describe(), "seed": data.seed}
+        plan = self._grown_plan(data)
+        self.folder.claim(identity)
+        if self.config:
+            self.folder.write_config(self.config)
+        self.folder.write_manifest({**provenance(module), "plan": plan, "state": "running", "started": _now()})
+
+    def _grown_plan(self, data: Any) -> dict:
+        """Raises ValueError where the stored plan holds what the asked one does not."""
+        asked = {"strengths": data.strengths, "n": data.n, "seed": data.seed}
+        stored = self.folder.read_manifest().get("plan")
+        if stored:
+            lost = sorted(set(stored["strengths"]) - set(data.strengths))
+            if lost or stored["n"] > data.n:
+                raise ValueError(
+                    f"{self.folder.path} holds a larger plan: data.strengths stored {stored['strengths']}, asked "
+                    f"{data.strengths}; data.n stored {stored['n']}, asked {data.n}. A plan may grow, not shrink: "
+                    "give another --out"
+                )
+        return asked
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: SamplingModule, outputs: Samples, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        seconds = time.time() - self._batch_began
+        names = [u.name for u in pl_module.units]
+        slugs = [u.slug for u in pl_module.units]
+        chain = pl_module.sampler.chain
+        rows, steps = [], []
+        for i, row in enumerate(outputs.rows):
+            image = None
+            if pl_module.prior.images:
+                image = self.folder.image_name(slugs[row.unit], row.strength, row.seed)
+                self.folder.save_image(image, to_uint8(outputs.images[i]).permute(1, 2, 0).numpy())
+            rows.append({
+                "unit": names[row.unit], "strength": row.strength, "seed": row.seed,
+                "activation": float(outputs.activation[i]), "z": float(outputs.z[i]), "energy": float(outputs.energy[i]),
+                "log_w": None if outputs.log_w is None else float(outputs.log_w[i]),
+                "path_kl": None if outputs.path_kl is None else float(outputs.path_kl[i]),
+                "clipped": float(outputs.clipped[i]), "finite": bool(outputs.finite[i]), "image": image,
+                "seconds": seconds / len(outputs.rows),
+            })  # fmt: skip
+            steps += [
+                {
+                    "unit": names[row.unit], "strength": row.strength, "seed": row.seed, "step": k, "t": t,
+                    "log_snr": float(chain.log_snr[k]), "guidance_norm": float(outputs.guidance_norm[i, k]),
+                    "path_kl_step": float(outputs.step_kl[i, k]),
+                }
+                for k, t in enumerate(chain.indices)
+                if row.seed < trainer.datamodule.seed + STEP_SEEDS
+            ]  # fmt: skip
+        self.folder.write_part(rows, steps)
+
+    def on_predict_batch_start(self, *_: Any, **__: Any) -> None:
+        self._batch_began = time.time()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: SamplingModule) -> None:
+        trainer.strategy.barrier("sampled")
+        if trainer.is_global_zero:
+            self.finish(pl_module, trainer.datamodule)
+        trainer.strategy.barrier("written")
+
+    def finish(self, module: SamplingModule, data: Any) -> None:
+        """Merge, estimate, report. Raises RuntimeError if a row of the plan is missing."""
+        self.folder.consolidate()
+        done = self.folder.done()
+        names = [u.name for u in module.units]
+        missing = [r for r in data.rows() if (names[r.unit], r.strength, r.seed) not in done]
+        estimate_run(self.folder, module, data)
+        self.folder.write_manifest({
+            "state": "incomplete" if missing else "complete", "finished": _now(),
+            "timings": {
+                "seconds": time.time() - self._began, "pilot_seconds": module.pilot_seconds,
+                "rows_reused": self.reused, "rows_sampled": len(data.rows()) - self.reused,
+            },
+        })  # fmt: skip
+        if self.report:
+            write_report(self.folder)
+        if missing:
+            raise RuntimeError(f"{len(missing)} rows of the plan are missing from {self.folder.path}; run the same command again")
+
+
+def to_uint8(image: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] -> uint8 0..255, by rounding; NaN becomes black."""
+    return (image.nan_to_num(-1.0).clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

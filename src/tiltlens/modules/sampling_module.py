@@ -1,0 +1,147 @@
+"""Sampling under Lightning: predict_step turns a batch of rows into samples.
+
+The prior is an ordinary argument and not part of a checkpoint. Prediction needs gradients with respect to the sample,
+so the Trainer must not run it in inference mode.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+
+from tiltlens.energies import Energy, Linear
+from tiltlens.guidance import Calibrated, Guidance
+from tiltlens.priors import load_prior
+from tiltlens.priors.prior import Prior
+from tiltlens.sampling.natural_images import read_natural_members
+from tiltlens.sampling.pilot import UnitPilot
+from tiltlens.sampling.plan import Row
+from tiltlens.sampling.sampler import Sampler, Samples
+from tiltlens.schedule import SPACINGS, step_indices
+from tiltlens.units import Unit, UnitBank, build_unit
+
+PILOT_BATCH = 64
+
+
+class SamplingModule(LightningModule):
+    """Samples q_s(x) ~ p(x) exp(-s E(a(x))) for one or several units.
+
+    prior: "bundled", a diffusers folder or hub name, or a Prior. unit: an address, its keys as a mapping, a Unit, or a
+    list of these. energy: the soft constraint, Linear by default. guidance: Calibrated by default. steps: network calls
+    of a sample. eta: 0 (deterministic; no KL) to 1 (ancestral). spacing: of the steps, log-snr or index. clip: clamp clean
+    estimates to [-1, 1] in base and guided law. pilot: unguided trajectories for calibration, 0 for none. natural: an
+    image folder that says what is natural, in place of the pilot's samples. precision: of the prior's network,
+    float32 or bfloat16. prompt: for text-conditional priors.
+    """
+
+    def __init__(
+        self,
+        prior: Prior | str = "bundled",
+        unit: Unit | str | dict[str, Any] | list[Unit | str | dict[str, Any]] = "bundled,class=horse",
+        energy: Energy | None = None,
+        guidance: Guidance | None = None,
+        steps: int = 50,
+        eta: float = 1.0,
+        spacing: str = "log-snr",
+        clip: bool = False,
+        pilot: int = 64,
+        natural: str | None = None,
+        precision: str = "float32",
+        prompt: str = "",
+    ):
+        super().__init__()
+        if not (isinstance(eta, (int, float)) and math.isfinite(eta) and 0 <= eta <= 1):
+            raise ValueError(f"model.eta = {eta}: expected a number in [0, 1] (0 deterministic, 1 ancestral)")
+        if steps < 1:
+            raise ValueError(f"model.steps = {steps}: expected a whole number >= 1")
+        if spacing not in SPACINGS:
+            raise ValueError(f"model.spacing = {spacing!r}: expected one of {', '.join(SPACINGS)}")
+        if pilot != 0 and pilot < 8:
+            raise ValueError(f"model.pilot = {pilot}: expected 0 (none) or at least 8 trajectories to regress on")
+        self.energy, self.guidance = energy or Linear(), guidance or Calibrated()
+        if pilot == 0 and self.guidance.needs_pilot:
+            raise ValueError(f"model.pilot = 0, but {type(self.guidance).__name__} guidance needs a pilot: set pilot >= 8")
+        if pilot == 0 and self.energy.standardise and natural is None:
+            raise ValueError("model.pilot = 0, but the energy is standardised: set pilot >= 8, or model.natural to an image folder")
+        self.units = [build_unit(u) for u in (unit if isinstance(unit, (list, tuple)) else [unit])]
+        if len({u.name for u in self.units}) < len(self.units):
+            raise ValueError(f"a unit stands twice in model.unit: {', '.join(u.name for u in self.units)}")
+        self.prior_spec, self.steps, self.eta, self.spacing, self.clip = prior, steps, float(eta), spacing, clip
+        self.pilot, self.natural, self.precision, self.prompt = pilot, natural, precision, prompt
+        self.prior: Prior | None = None
+        self.sampler: Sampler | None = None
+        self.pilot_store: Any = None  # where a pilot is kept; given by the run-folder writer
+        self.progress: Callable[[str, int, int], None] | None = None
+        self.pilot_seconds = 0.0
+
+    def load(self) -> None:
+        """Load prior and encoders and check that they fit; idempotent. All errors of the user's come from here."""
+        if self.prior is not None:
+            return
+        prior = self.prior_spec
+        if isinstance(prior, str):
+            prior = load_prior(prior, prompt=self.prompt, precision=self.precision)
+        step_indices(prior.denoiser.schedule, self.steps, self.spacing)
+        if self.natural and not prior.images:
+            raise ValueError(f"model.natural is an image folder, but the prior {prior.name} has no images")
+        self.bank = UnitBank(self.units)
+        self.bank.validate(prior.image_size or prior.denoiser.shape)
+        self.prior = prior
+
+    def setup(self, stage: str) -> None:
+        if stage != "predict":
+            raise ValueError(f"SamplingModule samples: use Trainer.predict, not {stage}")
+        if getattr(self.trainer.predict_loop, "inference_mode", False):
+            raise ValueError(
+                "guided sampling takes gradients with respect to the sample: expected Trainer(inference_mode=False), "
+                "found inference_mode=True. Pass --trainer.inference_mode=false"
+            )
+        self.load()
+
+    def on_predict_start(self) -> None:
+        self.sampler = Sampler(
+            self.prior, self.bank, self.energy, self.guidance, self.steps, self.eta, self.spacing, self.clip, self.device
+        )
+        start = time.perf_counter()
+        pilots = self._pilots() if self.pilot else None
+        reference = None
+        if self.natural:
+            reference = read_natural_members(self.natural, self.bank, self.prior.image_size, self.device)
+        self.sampler.calibrate(pilots, reference)
+        self.pilot_seconds = time.perf_counter() - start
+
+    def _pilots(self) -> list[UnitPilot]:
+        """From the run folder where it has them; else run once, by rank 0, and kept."""
+        store = self.pilot_store
+        kept = store.load_pilots(self.units) if store else None
+        if kept is None:
+            report = (lambda done, total: self.progress("pilot", done, total)) if self.progress else None
+            if store is None or self.trainer.is_global_zero:
+                kept = self.sampler.run_pilot(self.pilot, min(self.pilot, PILOT_BATCH), report)
+                if store:
+                    store.save_pilots(self.units, kept)
+            self.trainer.strategy.barrier("pilot")
+            kept = kept or store.load_pilots(self.units)
+        return kept
+
+    def transfer_batch_to_device(self, batch: list[Row], device: torch.device, dataloader_idx: int) -> list[Row]:
+        return batch  # names, not tensors
+
+    def predict_step(self, batch: list[Row], batch_idx: int) -> Samples:
+        report = (lambda done, total: self.progress("step", done * len(batch), total * len(batch))) if self.progress else None
+        return self.sampler.sample(batch, report)
+
+    def describe(self) -> dict:
+        """The settings that make this run what it is: a folder that holds others is refused."""
+        return {
+            "prior": {"name": self.prior.name, "fingerprint": self.prior.fingerprint},
+            "units": [u.name for u in self.units],
+            "unit_sha256": {u.name: u.fingerprint for u in self.units},
+            "energy": {k: v for k, v in {"class": type(self.energy).__name__, **vars(self.energy)}.items()},
+            "guidance": self.guidance.describe(),
+            "chain": {"steps": self.steps, "eta": self.eta, "spacing": self.spacing, "clip": self.clip},
+            "pilot": self.pilot, "natural": self.natural, "precision": self.precision, "prompt": self.prompt,
+        }  # fmt: skip

@@ -1,0 +1,112 @@
+"""The curve on W&B, read back from the run folder when sampling is done.
+
+For each (unit, schedule), under the prefix UNIT/SCHEDULE: one history row a strength, in order of strength, with exact
+metric names that have the strength as their x axis; grids of images on fixed seeds, strength 0 first; histograms; the
+norm of the guidance at each step against log-SNR; and one sortable table of samples.
+"""
+
+from typing import Any
+
+import numpy as np
+import wandb
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
+
+from tiltlens.modules.results import columns
+from tiltlens.modules.sampling_module import SamplingModule
+from tiltlens.report import grid
+from tiltlens.run_folder import RunFolder
+
+CURVE = (
+    "activation_mean", "activation_se", "z_mean", "z_se", "energy_mean", "energy_se", "path_kl", "path_kl_se", "kl_lower",
+    "kl", "kl_se", "log_z", "log_z_se", "ess", "gap", "gap_se", "efficiency", "n", "nonfinite", "seconds",
+)  # fmt: skip
+QUANTILES = (0.05, 0.5, 0.95)
+TABLE = ("unit", "strength", "seed", "activation", "z", "energy", "log_w", "path_kl", "clipped", "finite")
+IMAGES_A_KEY = 108  # more are dropped by W&B without a word
+
+
+class WandbCurve(Callback):
+    """Logs a finished run folder; does nothing without a WandbLogger. Comes after RunFolderWriter in the callbacks."""
+
+    def on_predict_end(self, trainer: Trainer, pl_module: SamplingModule) -> None:
+        loggers = [x for x in trainer.loggers if isinstance(x, WandbLogger)]
+        writers = [c for c in trainer.callbacks if hasattr(c, "folder")]
+        if not trainer.is_global_zero or not loggers or not writers:
+            return
+        run, folder = loggers[0].experiment, writers[0].folder
+        run.config.update({"tiltlens": folder.read_manifest()}, allow_val_change=True)
+        samples = columns(folder.samples())
+        for unit in pl_module.units:
+            prefix = f"{unit.slug}/{schedule_name(pl_module)}"
+            mine = {k: v[samples["unit"] == unit.name] for k, v in samples.items()}
+            rows = [r for r in folder.read_summary()["rows"] if r["unit"] == unit.name]
+            log_curve(run, prefix, rows, mine, folder)
+            log_steps(run, prefix, folder, unit.name)
+            if pl_module.prior.images:
+                run.log({f"{prefix}/grid": wandb.Image(grid(folder, unit.name), caption="rows: strength, columns: seed")})
+        log_table(run, samples, folder)
+        run.finish()
+
+
+def schedule_name(module: SamplingModule) -> str:
+    """Guidance and chain, in a word: what tells two schedules of one unit apart."""
+    return f"{type(module.guidance).__name__.lower()}-{module.steps}-eta{module.eta:g}"
+
+
+def log_curve(run: Any, prefix: str, rows: list[dict], samples: dict[str, np.ndarray], folder: RunFolder) -> None:
+    """One history row a strength. rows: of summary.json; samples: the unit's, as columns."""
+    x = f"{prefix}/strength"
+    run.define_metric(x)
+    names = [*CURVE, *(f"activation_q{q:g}" for q in QUANTILES)]
+    for name in names:
+        run.define_metric(f"{prefix}/{name}", step_metric=x)
+    seeds = sorted(set(samples["seed"].tolist()))[:16]
+    for row in sorted(rows, key=lambda r: r["strength"]):
+        entry: dict[str, Any] = {x: row["strength"]}
+        entry |= {f"{prefix}/{k}": row[k] for k in CURVE if row.get(k) is not None}
+        here = (samples["strength"] == row["strength"]) & samples["finite"]
+        a = samples["activation"][here]
+        if len(a):
+            entry |= {f"{prefix}/activation_q{q:g}": float(np.quantile(a, q)) for q in QUANTILES}
+            entry[f"{prefix}/activation"] = wandb.Histogram(a)
+        run.log(entry)
+    images = [
+        wandb.Image(str(folder.path / samples["image"][i]), caption=f"strength {samples['strength'][i]:g}, seed {samples['seed'][i]}")
+        for i in np.lexsort((samples["seed"], samples["strength"]))
+        if samples["image"][i] is not None and samples["seed"][i] in seeds
+    ]
+    if images:
+        run.log({f"{prefix}/images": images[:IMAGES_A_KEY]})
+
+
+def log_steps(run: Any, prefix: str, folder: RunFolder, unit: str) -> None:
+    """The mean norm of the guidance at each step, a metric a strength, against log-SNR and t."""
+    steps = columns(folder.steps())
+    mine = {k: v[steps["unit"] == unit] for k, v in steps.items()}
+    strengths = [s for s in sorted(set(mine["strength"].tolist())) if s > 0]
+    x = f"{prefix}/log_snr"
+    run.define_metric(x)
+    run.define_metric(f"{prefix}/t", step_metric=x)
+    for s in strengths:
+        for name in ("guidance_norm", "path_kl_step"):
+            run.define_metric(f"{prefix}/{name}/strength {s:g}", step_metric=x)
+    for k in sorted(set(mine["step"].tolist())):
+        at = mine["step"] == k
+        entry: dict[str, Any] = {x: float(mine["log_snr"][at][0]), f"{prefix}/t": int(mine["t"][at][0])}
+        for s in strengths:
+            here = at & (mine["strength"] == s)
+            for name in ("guidance_norm", "path_kl_step"):
+                entry[f"{prefix}/{name}/strength {s:g}"] = float(np.nanmean(mine[name][here]))
+        run.log(entry)
+
+
+def log_table(run: Any, samples: dict[str, np.ndarray], folder: RunFolder) -> None:
+    """Every sample, sortable, with its picture."""
+    table = wandb.Table(columns=[*TABLE, "image"])
+    for i in range(len(samples["seed"])):
+        image = samples["image"][i]
+        cells = [samples[k][i].item() if hasattr(samples[k][i], "item") else samples[k][i] for k in TABLE]
+        table.add_data(*cells, None if image is None else wandb.Image(str(folder.path / image)))
+    run.log({"samples": table})

@@ -1,0 +1,119 @@
+"""The discrete sampling chain: the law p of every number that tiltlens reports, and its guided version q'.
+
+A step t -> r draws x_r = mu(x0_hat + shift) + v z. With delta the change of the mean that the shift makes,
+
+    log dP/dQ = - sum_t [ delta.z / v + |delta|^2 / (2 v^2) ],   path KL = sum_t |delta|^2 / (2 v^2)
+
+are summed from the deltas themselves, never as a difference of two log-densities. The last step (r = clean) is
+deterministic and not guided. With eta = 0 no step has noise: sampling works, the weights are not defined.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltlens.constraint import RowConstraint
+from tiltlens.denoiser import Denoiser
+from tiltlens.guidance.guidance import Guidance, Guided, Step, clean_estimate
+from tiltlens.sampling.noise import Noise
+from tiltlens.schedule import StepCoefficients, check_steps, step_coefficients
+
+
+@dataclass(frozen=True)
+class State:
+    """x (B, *shape); log_dpdq, path_kl (B,) float64; memory: what the guidance carries along."""
+
+    x: Tensor
+    log_dpdq: Tensor
+    path_kl: Tensor
+    memory: Any = None
+
+
+@dataclass(frozen=True)
+class Info:
+    """What one step tells. number, t, log_snr: where. x0_hat (B, *shape): the unguided clean estimate. guided: whether
+    a shift was computed. path_kl: this step's |delta|^2/(2 v^2), (B,). guidance_norm: |shift of x0_hat|, (B,)."""
+
+    number: int
+    t: int
+    log_snr: float
+    x0_hat: Tensor
+    guided: bool
+    path_kl: Tensor
+    guidance_norm: Tensor
+
+
+class Chain:
+    """indices: the steps, noisiest first. eta: 0 deterministic (DDIM) to 1 ancestral (DDPM). clip: clamp the clean
+    estimate to [-1, 1] in base and guided law alike. Raises ValueError for eta outside [0, 1] or bad indices."""
+
+    def __init__(self, denoiser: Denoiser, indices: Sequence[int], eta: float = 1.0, clip: bool = False):
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta = {eta}: expected a number in [0, 1] (0 deterministic, 1 ancestral)")
+        check_steps(denoiser.schedule, list(indices))
+        self.indices, self.eta, self.clip = list(indices), float(eta), clip
+        ends = [*self.indices[1:], None]
+        self.coefficients = [step_coefficients(denoiser.schedule, t, r, eta) for t, r in zip(self.indices, ends)]
+        self.denoiser = denoiser.for_steps({t: c.x0 for t, c in zip(self.indices[:-1], self.coefficients)})
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def log_snr(self) -> Tensor:
+        """(steps,) at the start of each step."""
+        return self.denoiser.schedule.log_snr[self.indices]
+
+    def start(self, noise: Noise, guidance: Guidance | None = None) -> State:
+        """x_T ~ N(0, (alpha^2 + sigma^2) I) at the level of the first step."""
+        x = noise.draw("start") * self.denoiser.schedule.start_std(self.indices[0])
+        zero = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        return State(x, zero, zero, guidance.start(x) if guidance else None)
+
+    def step(
+        self, state: State, number: int, noise: Noise,
+        guidance: Guidance | None = None, rows: RowConstraint | None = None,
+    ) -> tuple[State, Info]:  # fmt: skip
+        """One step; guidance and rows come together or not at all."""
+        t, c = self.indices[number], self.coefficients[number]
+        last = number == len(self) - 1
+        guided = self._estimate(state, number, t, noise, None if last else guidance, rows)
+        x = c.x0 * guided.x0_hat + c.x * state.x
+        zero = torch.zeros_like(state.path_kl)
+        path_kl, norm, log_dpdq = zero, zero, state.log_dpdq
+        z = noise.draw("step") if c.v > 0 else None
+        if guided.shift is not None:
+            delta = c.x0 * guided.shift
+            x = x + delta
+            norm = guided.shift.double().flatten(1).norm(dim=1)
+            if z is not None:
+                scaled = delta.double().flatten(1) / c.v
+                path_kl = scaled.square().sum(1) / 2
+                log_dpdq = log_dpdq - (scaled * z.double().flatten(1)).sum(1) - path_kl
+        if z is not None:
+            x = x + c.v * z
+        info = Info(
+            number, t, float(self.denoiser.schedule.log_snr[t]), guided.x0_hat, guided.shift is not None, path_kl, norm
+        )
+        return State(x, log_dpdq, state.path_kl + path_kl, guided.memory), info
+
+    def _estimate(
+        self, state: State, number: int, t: int, noise: Noise, guidance: Guidance | None, rows: RowConstraint | None
+    ) -> Guided:
+        if guidance is None:
+            with torch.no_grad():
+                return Guided(clean_estimate(self.denoiser, state.x, t, self.clip), None, state.memory)
+        where = Step(number, t, self.denoiser.schedule, self.clip, lambda k: noise.draw("twist", k))
+        return guidance(self.denoiser, state.x, where, rows, state.memory)
+
+    def run(
+        self, noise: Noise, guidance: Guidance | None = None, rows: RowConstraint | None = None
+    ) -> Iterator[tuple[State, Info]]:
+        """A generator of (state, info), a step each: progress and logging stay outside."""
+        state = self.start(noise, guidance)
+        for number in range(len(self)):
+            state, info = self.step(state, number, noise, guidance, rows)
+            yield state, info

@@ -1,0 +1,41 @@
+"""Natural images from a folder, as a unit would see them from the prior: cropped and resized to the prior's size."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from tiltlens.units.bank import UnitBank
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+def read_natural_members(folder: str, bank: UnitBank, side: int, device: str | torch.device, limit: int = 2000) -> list[Tensor]:
+    """Raw member activations (N, k) of each unit on the images of a folder (any nesting, at most `limit`, evenly spaced
+    in the sorted list). Raises ValueError for a folder that is missing or holds fewer than 16 readable images."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"natural: expected an image folder, found no folder at {folder!r}")
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if len(files) < 16:
+        raise ValueError(f"natural: expected at least 16 images ({', '.join(sorted(SUFFIXES))}) in {folder!r}, found {len(files)}")
+    files = [files[int(i)] for i in np.linspace(0, len(files) - 1, min(limit, len(files)))]
+    reads = []
+    for i in range(0, len(files), 64):
+        images = torch.stack([load_image(f, side) for f in files[i : i + 64]]).to(device)
+        with torch.no_grad():
+            reads.append(bank.read_all(images).double().cpu())
+    members = torch.cat(reads)
+    return [members[:, i, : u.size] for i, u in enumerate(bank.units)]
+
+
+def load_image(path: Path, side: int) -> Tensor:
+    """(3, side, side) in [-1, 1]: EXIF rotation applied, centre crop to a square, Lanczos resize."""
+    try:
+        with Image.open(path) as image:
+            rgb = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+    except OSError as error:
+        raise ValueError(f"natural: {path} cannot be read as an image ({error}); remove it or repair it") from error
+    return torch.from_numpy(np.asarray(rgb).copy()).permute(2, 0, 1).float() / 127.5 - 1

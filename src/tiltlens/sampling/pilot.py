@@ -1,0 +1,123 @@
+"""The pilot: unguided trajectories, run once, that say what is natural and what a clean estimate is worth.
+
+For every unit it records the activation a(x_0) of its samples and, at each step, u_t = a(x0_hat). From these come the
+natural reference (mean, standard deviation, quantiles) and the regression a(x_0) = c_t + rho_t u_t + residual that the
+calibrated twist freezes. A pilot is named by prior, units, chain and its own seeds, never by the plan; its noise is
+independent of every sample's, so that a slope never knows the noise it will steer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tiltlens.guidance.guidance import PilotTables
+from tiltlens.sampling.chain import Chain
+from tiltlens.sampling.noise import Noise
+from tiltlens.units.bank import UnitBank
+from tiltlens.units.calibration import Natural
+
+POOLED_STEPS = 2  # a slope is pooled with so many steps on either side: a step's own estimate is noisy
+KEPT_ABOVE = 2.0  # standard errors; below, a slope is about zero and the step is not guided
+
+
+@dataclass(frozen=True)
+class UnitPilot:
+    """One unit's pilot. members (P, k): raw member activations of the samples. path (steps, P, k): of the clean
+    estimates along the way."""
+
+    members: Tensor
+    path: Tensor
+
+    def save(self, path: Path) -> None:
+        temporary = path.with_suffix(".tmp")
+        save_file({"members": self.members.contiguous(), "path": self.path.contiguous()}, temporary)
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "UnitPilot":
+        data = load_file(path)
+        return cls(data["members"], data["path"])
+
+
+def run_pilot(
+    chain: Chain, bank: UnitBank, decode: Callable[[Tensor], Tensor], samples: int, batch_size: int,
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[UnitPilot]:  # fmt: skip
+    """Run `samples` unguided trajectories (pilot seeds 0..samples-1) and read every unit of the bank on each.
+
+    progress(done, total) is called after each step, in units of steps.
+    """
+    paths, finals, done = [], [], 0
+    batches = [range(i, min(i + batch_size, samples)) for i in range(0, samples, batch_size)]
+    for seeds in batches:
+        noise = Noise(seeds, chain.denoiser.shape, device, dtype, domain="pilot")
+        reads = []
+        for state, info in chain.run(noise):  # noqa: B007
+            with torch.no_grad():
+                reads.append(_read_all(bank, decode(info.x0_hat)))
+            done += 1
+            if progress:
+                progress(done, len(batches) * len(chain))
+        paths.append(torch.stack(reads))  # (steps, b, units, K)
+        # the last step returns its clean estimate, so its reading is the sample's activation
+        finals.append(reads[-1])
+        del state
+    path, final = torch.cat(paths, 1), torch.cat(finals)
+    return [UnitPilot(final[:, i, : u.size].cpu(), path[:, :, i, : u.size].cpu()) for i, u in enumerate(bank.units)]
+
+
+def _read_all(bank: UnitBank, images: Tensor) -> Tensor:
+    """(B, units, K): every unit on every image, in one pass of each encoder."""
+    return bank.read_all(images).double()
+
+
+def tables(pilots: Sequence[UnitPilot], bank: UnitBank, naturals: Sequence[Natural], chain: Chain, standardise: bool) -> PilotTables:
+    """The regression of each unit at each step, on the energy's argument (z, or a itself)."""
+    rows = [_regress(p, u, n, standardise) for p, u, n in zip(pilots, bank.units, naturals)]
+    slope, intercept, residual = (torch.stack(x) for x in zip(*rows))
+    return PilotTables(slope, intercept, residual, chain.log_snr)
+
+
+def _regress(pilot: UnitPilot, unit, natural: Natural, standardise: bool) -> tuple[Tensor, Tensor, Tensor]:
+    steps, count, k = pilot.path.shape
+    z = ((pilot.path - natural.member_mean) / natural.member_std).reshape(steps * count, k)
+    u = unit.combine(z).reshape(steps, count)
+    a = unit.combine((pilot.members - natural.member_mean) / natural.member_std)
+    if standardise:
+        u, a = (u - natural.mean) / natural.std, (a - natural.mean) / natural.std
+    good = torch.isfinite(u).all(0) & torch.isfinite(a)
+    return regression(u[:, good], a[good])
+
+
+def regression(u: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a (P,) on u (steps, P) -> slope, intercept, residual variance, each (steps,).
+
+    Second moments are pooled over neighbouring steps; a slope t = slope / se below 2 is zero, and any other is shrunk
+    by its positive part James-Stein factor 1 - 1/t^2. Negative slopes are taken for noise: zero. The residual variance
+    of a zero slope is that of a: the unit cannot be read there.
+    """
+    steps, count = u.shape
+    uc, ac = u - u.mean(1, keepdim=True), a - a.mean()
+    cov, var_u, var_a = (uc * ac).mean(1), uc.square().mean(1), ac.square().mean()
+    pooled_cov, pooled_var = _pool(cov), _pool(var_u)
+    slope = pooled_cov / pooled_var.clamp_min(1e-12)
+    r2 = (pooled_cov**2 / (pooled_var * var_a).clamp_min(1e-24)).clamp(0, 1 - 1e-9)
+    t = (r2 * max(count - 2, 1) / (1 - r2)).sqrt()
+    slope = torch.where((t > KEPT_ABOVE) & (slope > 0), slope * (1 - 1 / t.clamp_min(1) ** 2), torch.zeros_like(slope))
+    slope[-1] = 1.0  # the last estimate is the sample
+    residual = (ac[None] - slope[:, None] * uc).square().sum(1) / max(count - 2, 1)
+    residual[-1] = 0.0
+    intercept = a.mean() - slope * u.mean(1)
+    return slope, intercept, residual
+
+
+def _pool(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    for i in range(len(x)):
+        out[i] = x[max(0, i - POOLED_STEPS) : i + POOLED_STEPS + 1].mean()
+    return out

@@ -1,0 +1,117 @@
+"""Many units, one batch: row i is read by its own unit, and each encoder runs once, on the rows that ask for
+it."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tiltlens.units.encoder import Encoder
+from tiltlens.units.unit import Unit
+
+
+class UnitBank(nn.Module):
+    """a_u(x) for batches in which every row has its own unit u.
+
+    units: loaded here. size: K, the largest number of members. encoders: the distinct ones, submodules, so
+    that the bank's device is theirs. Encoders are shared within a process (`load_encoder`): moving one bank
+    moves them all.
+    """
+
+    def __init__(self, units: Sequence[Unit]):
+        super().__init__()
+        if not units:
+            raise ValueError("a bank needs at least one unit")
+        self.units = [unit.load() for unit in units]
+        self.size = max(unit.size for unit in self.units)
+        one = {
+            m.name: m for unit in self.units for m in unit.members
+        }  # a member of several units is read once
+        self._members = [[one[m.name] for m in unit.members] for unit in self.units]
+        self.encoders = nn.ModuleList({m.encoder: None for m in one.values() if m.encoder is not None})
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def read(self, images: Tensor, which: Tensor) -> Tensor:
+        """Activations of the members of units[which[i]] on row i.
+
+        images: (B, 3, H, W) in [-1, 1], or vectors (B, d) for projections. which: (B,) integers. Returns (B,
+        K) float32 or better, raw (not standardised), zero where a unit has fewer members. Differentiable; row
+        i depends on image i alone.
+        """
+        places: dict[Unit, list[tuple[int, int]]] = {}  # member -> the (row, column)s it fills
+        for row, u in enumerate(which.tolist()):
+            for column, member in enumerate(self._members[u]):
+                places.setdefault(member, []).append((row, column))
+        filled, values = [], []
+        for encoder, members in self._by_encoder(places):
+            rows = sorted({row for m in members for row, _ in places[m]})
+            index = {row: k for k, row in enumerate(rows)}
+            seen = _see(encoder, members, _take(images, rows))
+            for m in members:
+                filled += places[m]
+                values.append(m.read(_take(seen[m], [index[row] for row, _ in places[m]])))
+        out = torch.zeros(len(images), self.size, dtype=_widest(values), device=images.device)
+        if not values:
+            return out
+        rows, columns = torch.tensor(filled, device=images.device).T
+        return out.index_put((rows, columns), torch.cat([v.to(out) for v in values]))
+
+    def read_all(self, images: Tensor) -> Tensor:
+        """Every unit on every image, (B, units, K), one pass of each encoder. As `read` otherwise."""
+        everyone = dict.fromkeys(m for members in self._members for m in members)
+        values: dict[Unit, Tensor] = {}
+        for encoder, members in self._by_encoder(everyone):
+            values |= {m: m.read(h) for m, h in _see(encoder, members, images).items()}
+        rows = [torch.stack([values[m] for m in ms], 1) for ms in self._members]
+        return torch.stack([torch.nn.functional.pad(r, (0, self.size - r.shape[1])) for r in rows], 1)
+
+    def combine(self, z: Tensor, which: Tensor) -> Tensor:
+        """Standardised activations (B, K) -> (B,), row i by the rule of units[which[i]]."""
+        out = z.new_zeros(len(z))
+        for u in sorted(set(which.tolist())):
+            rows = (which == u).nonzero().squeeze(1).to(z.device)
+            out = out.index_put((rows,), self.units[u].combine(z[rows]))
+        return out
+
+    @torch.no_grad()
+    def validate(self, size: int | Sequence[int]) -> None:
+        """One dry run of every unit on an empty input: an image of this side, or one input of this shape.
+
+        Raises ValueError for what only a forward shows: tokens, cells, channels out of range, layers never
+        called.
+        """
+        shape = (3, size, size) if isinstance(size, int) else tuple(size)
+        if len(self.encoders) and len(shape) != 3:
+            names = ", ".join(e.name for e in self.encoders)
+            raise ValueError(
+                f"{names} reads images, the prior gives inputs of shape {shape}: take a projection"
+            )
+        device = next(self.parameters(), torch.zeros(())).device
+        everyone = dict.fromkeys(m for members in self._members for m in members)
+        for encoder, members in self._by_encoder(everyone):
+            for m, h in _see(encoder, members, torch.zeros(1, *shape, device=device)).items():
+                m.read(h)
+
+    def _by_encoder(self, members: Iterable[Unit]) -> list[tuple[Encoder | None, list[Unit]]]:
+        groups = [
+            (encoder, [m for m in members if m.encoder is encoder]) for encoder in [None, *self.encoders]
+        ]
+        return [(encoder, mine) for encoder, mine in groups if mine]
+
+
+def _see(encoder: Encoder | None, members: Iterable[Unit], x: Tensor) -> dict[Unit, Tensor]:
+    """What each member reads: the input itself, or its layer's output. One forward."""
+    if encoder is None:
+        return dict.fromkeys(members, x)
+    outputs = encoder.activations(x, list(dict.fromkeys(m.address.layer for m in members)))
+    return {m: outputs[m.address.layer] for m in members}
+
+
+def _take(x: Tensor, rows: list[int]) -> Tensor:
+    return x if rows == list(range(len(x))) else x[torch.tensor(rows, device=x.device)]
+
+
+def _widest(values: Iterable[Tensor]) -> torch.dtype:
+    return torch.float64 if any(v.dtype == torch.float64 for v in values) else torch.float32

@@ -1,0 +1,104 @@
+"""The kinds of unit: which number of a layer's channels is the activation.
+
+A layer, read at P positions, gives h (B, P, C). A kind turns it into one value a position, (B, P):
+
+    channel=37          h[..., 37]
+    class=horse         h[..., row of the class], on the model's output, the logits
+    direction=…         <direction, h>, the vector as given (not normalised), from a file or a list
+
+`KINDS` is the only place that lists them: the grammar, the errors and the readout read this table. A new
+kind, such as a latent of a sparse autoencoder, is one more entry.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tiltlens.units.classes import class_index
+from tiltlens.units.weights import read_vector
+
+if TYPE_CHECKING:
+    from tiltlens.units.encoder import Encoder
+
+Value = int | str | tuple[float, ...]
+Pick = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """parse: the text after "kind=" -> value, ValueError if it cannot be one. bind: a value, an encoder -> h
+    to (B, P)."""
+
+    parse: Callable[[str], Value]
+    bind: Callable[[Value, "Encoder"], Pick]
+
+
+def parse_channel(text: str) -> int:
+    if not text.strip().isascii() or not text.strip().isdigit():
+        raise ValueError(f"channel = {text!r}: expected a whole number, 0 or above")
+    return int(text)
+
+
+def parse_class(text: str) -> str:
+    if not text:
+        raise ValueError("class names nothing: expected class=NAME, such as class=horse")
+    return text
+
+
+def parse_direction(text: str) -> Value:
+    """ "[1, 0, -0.5]" -> the numbers; anything else names a file (.npy, .safetensors, .pt)."""
+    if not text:
+        raise ValueError("direction names nothing: expected direction=FILE or direction=[1, 0, …]")
+    if not text.startswith("["):
+        return text
+    try:
+        return parse_numbers(json.loads(text))
+    except json.JSONDecodeError:
+        raise ValueError(f"direction = {text}: expected a list of numbers such as [1, 0, -0.5]") from None
+
+
+def parse_numbers(values: object) -> tuple[float, ...]:
+    numbers = isinstance(values, list | tuple) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
+    )
+    if not numbers or not values:
+        raise ValueError(f"a direction is a list of one or more finite numbers; found {values!r}")
+    return tuple(float(v) for v in values)
+
+
+def bind_channel(value: Value, encoder: "Encoder") -> Pick:
+    def pick(h: Tensor) -> Tensor:
+        if value >= h.shape[-1]:
+            raise ValueError(
+                f"channel = {value}: the layer has {h.shape[-1]} channels, 0 to {h.shape[-1] - 1}"
+            )
+        return h[..., value]
+
+    return pick
+
+
+def bind_class(value: Value, encoder: "Encoder") -> Pick:
+    return bind_channel(class_index(encoder, value), encoder)
+
+
+def bind_direction(value: Value, encoder: "Encoder") -> Pick:
+    vector = torch.tensor(value) if isinstance(value, tuple) else read_vector(value)
+
+    def pick(h: Tensor) -> Tensor:
+        if h.shape[-1] != vector.numel():
+            raise ValueError(f"the direction has {vector.numel()} entries, the layer {h.shape[-1]} channels")
+        return h @ vector.to(h)
+
+    return pick
+
+
+KINDS = {
+    "channel": Kind(parse_channel, bind_channel),
+    "class": Kind(parse_class, bind_class),
+    "direction": Kind(parse_direction, bind_direction),
+}

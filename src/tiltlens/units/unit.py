@@ -1,0 +1,129 @@
+"""Units: what a(x) is. An activation of an encoder, a projection of a vector, or a combination of such."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tiltlens.units.address import Address
+from tiltlens.units.encoder import Encoder
+from tiltlens.units.grammar import number, short_hash, slug
+from tiltlens.units.kinds import KINDS, Pick, parse_numbers
+from tiltlens.units.readout import positions, reduce
+from tiltlens.units.sources import find_encoder, load_encoder
+from tiltlens.units.weights import require_file
+
+
+class Unit:
+    """A scalar a(x) of an input x.
+
+    name: canonical; the same name is the same unit. members: the simple units that it is made of, itself if
+    it is one. Construction is cheap: it checks all that can be checked without weights, and `load` does the
+    rest.
+    """
+
+    name: str
+    encoder: Encoder | None = None  # whose layer `read` is given, known after `load`; None: the input itself
+
+    @property
+    def slug(self) -> str:
+        """A short, unique, file-system safe name."""
+        return slug(self.name)
+
+    @property
+    def members(self) -> list["Unit"]:
+        return [self]
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        return len(self.members)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what defines the unit, weights included. Loads the encoder."""
+        raise NotImplementedError
+
+    def load(self) -> "Unit":
+        """Weights into memory, names to indices. Raises what is wrong with the address, seen from the
+        encoder."""
+        return self
+
+    def combine(self, z: Tensor) -> Tensor:
+        """Standardised activations of the members z (B, size) -> (B,)."""
+        return z[:, 0]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name})"
+
+
+class EncoderUnit(Unit):
+    """A unit of an encoder, by its address."""
+
+    def __init__(self, address: Address):
+        self.address = address
+        self.name = str(address)
+        self._pick: Pick | None = None
+        find_encoder(address.encoder, address.weights)
+        if address.kind == "direction" and isinstance(address.value, str):
+            require_file(address.value, "the direction")
+
+    def load(self) -> "EncoderUnit":
+        if self._pick is None:
+            encoder = load_encoder(self.address.encoder, self.address.weights)
+            encoder.require_layer(self.address.layer)
+            self._pick = KINDS[self.address.kind].bind(self.address.value, encoder)
+            self.encoder = encoder
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        vector = ""
+        if self.address.kind == "direction" and isinstance(self.address.value, str):
+            with open(self.address.value, "rb") as file:
+                vector = hashlib.file_digest(file, "sha256").hexdigest()
+        parts = (self.name, self.load().encoder.fingerprint, vector)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def read(self, h: Tensor) -> Tensor:
+        """The output of the addressed layer -> activations (B,), float32 or better."""
+        try:
+            h, default = positions(_precise(h), self.address.tokens, self.encoder)
+            return reduce(self._pick(h), self.address.reduction or default)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+
+
+class Projection(Unit):
+    """a(x) = <direction, x>, x flattened to (B, d); no encoder. With an analytic prior, the oracle of
+    everything.
+
+    direction: d finite numbers.
+    """
+
+    def __init__(self, direction: Sequence[float]):
+        self.direction = parse_numbers(list(direction))
+        numbers = [number(v) for v in self.direction]
+        text = ",".join(numbers)
+        self.name = f"projection[{text}]"
+        if len(numbers) > 8:
+            self.name = f"projection[{','.join(numbers[:3])},...x{len(numbers)}#{short_hash(text)}]"
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr(self.direction).encode()).hexdigest()
+
+    def read(self, x: Tensor) -> Tensor:
+        """Vectors (B, d), or anything of d numbers a row -> (B,)."""
+        x = _precise(x.flatten(1))
+        if x.shape[1] != len(self.direction):
+            raise ValueError(
+                f"{self.name}: the direction has {len(self.direction)} entries, x has {x.shape[1]}"
+            )
+        return x @ x.new_tensor(self.direction)
+
+
+def _precise(x: Tensor) -> Tensor:
+    """Activations are float32 or better, whatever the network ran in."""
+    return x if x.dtype == torch.float64 else x.float()
