@@ -76,7 +76,8 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
         k = next(i for i, g in enumerate(filled) if g is group)
         run, j = samples[k], at[k]
         path_kl = mean(run.path_kl) if run.path_kl is not None else NOTHING
-        lower = Mean(point[4][k], se[4][k])
+        # both are estimates, and near the optimum they meet: the truth is never the other way round
+        lower = Mean(np.fmin(point[4][k], path_kl.value), se[4][k])
         values = {
             "path_kl": path_kl,
             "kl_lower": lower,
