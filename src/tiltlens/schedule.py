@@ -45,7 +45,7 @@ class Schedule:
         if (self.alpha < 0).any() or (self.sigma <= 0).any():
             raise ValueError("a schedule needs alpha >= 0 and sigma > 0 at every index")
         log_snr = 2 * (self.alpha.log() - self.sigma.log())
-        if (log_snr.diff() >= 0).any():
+        if not (log_snr.diff() < 0).all():  # NaN too: two indices with alpha = 0
             raise ValueError("a schedule runs from clean to noisy: log-SNR must fall from index 0 to T - 1")
         object.__setattr__(self, "log_snr", log_snr)
 

@@ -98,7 +98,20 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
                 f"strength {run.strength:g}: the mean energy lies beyond the reach of trusted weights "
                 f"(l = {reach[k].l:.3g}): kl_lower is a bound still, but not the sharpest."
             )
-    return rows, warnings
+    return rows, merged(warnings)
+
+
+def merged(warnings: list[str]) -> list[str]:
+    """One sentence for all strengths of which the same is to be said."""
+    said: dict[str, list[str]] = {}
+    for sentence in warnings:
+        head, colon, text = sentence.partition(": ")
+        strength = head.removeprefix("strength ") if colon and head.startswith("strength ") else ""
+        said.setdefault(text if strength else sentence, []).append(strength)
+    return [
+        text if not strengths[0] else f"strength{'s' * (len(strengths) > 1)} {', '.join(strengths)}: {text}"
+        for text, strengths in said.items()
+    ]
 
 
 def _lost(group: Group) -> str:

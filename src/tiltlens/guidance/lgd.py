@@ -28,6 +28,6 @@ class LGD(Guidance):
         around = clean[None] + clean_spread(step, self.sigma_data) * noise.to(clean)
         a = rows.read(rows.decode(around.flatten(0, 1)))
         u = rows.argument(a).reshape(self.samples, -1)
-        log_psi = torch.stack([rows.log_tilt(one, 0.0) for one in u]).logsumexp(0) - math.log(self.samples)
+        log_psi = rows.log_tilt(u, 0.0).logsumexp(0) - math.log(self.samples)
         (h,) = torch.autograd.grad(log_psi.sum(), clean)
         return h, memory, unchanged

@@ -1,4 +1,4 @@
-"""A progress bar on steps and rows, with the time left."""
+"""A progress bar on rows and steps, with the time left."""
 
 import sys
 import time
@@ -7,18 +7,18 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 QUIET_SECONDS = 15.0  # without a terminal, a line this often
+GUIDED_COST = 4  # a guided step in unguided ones: two backward passes and the encoder
 
 
 class SamplingProgress(Callback):
-    """On stderr: the pilot first, then rows and steps. A bar on a terminal, a line now and then elsewhere."""
+    """On stderr: the pilot first, then rows and steps of this rank. A bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
-        self._task: Any = None
-        self._said = 0.0
+        self._phase = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
@@ -26,41 +26,43 @@ class SamplingProgress(Callback):
 
     def on_predict_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         if batch_idx == 0:
-            mine = trainer.predict_dataloaders.dataset
-            self._rows = [len(b) for b in mine]
-            self._total = sum(self._rows) * len(pl_module.sampler.chain)
-            self._steps, self._done, self._began = len(pl_module.sampler.chain), 0, time.time()
+            self._batches = list(trainer.predict_dataloaders.dataset)[trainer.global_rank :: trainer.world_size]
+        self._batch = batch_idx
 
     def report(self, phase: str, done: int, total: int) -> None:
-        """phase "pilot" counts steps; phase "step" counts row-steps of the batch at hand."""
+        """done of total steps: of the pilot, or of the batch at hand."""
         if phase == "pilot":
-            self._show("pilot", done, total, "steps")
+            self._show("pilot", f"step {done} of {total}", done, total)
             return
-        self._show("rows x steps", self._done + done, self._total, f"row-steps ({self._steps} a row)")
-        if done == total:
-            self._done += total
+        costs = [sum(GUIDED_COST if r.strength > 0 else 1 for r in b) for b in self._batches]
+        rows = [len(b) for b in self._batches]
+        k = self._batch
+        finished = sum(rows[: k + (done == total)])
+        what = f"{finished} of {sum(rows)} rows, step {done} of {total}"
+        self._show("sampling", what, sum(costs[:k]) * total + costs[k] * done, sum(costs) * total)
 
-    def _show(self, label: str, done: int, total: int, what: str) -> None:
-        if not sys.stderr.isatty():
-            now = time.time()
-            if now - self._said > QUIET_SECONDS or done == total:
-                self._said = now
-                left = ""
-                if label != "pilot" and done:
-                    left = f", about {(now - self._began) * (total - done) / done:.0f} s left"
-                print(f"{label}: {done} of {total} {what}{left}", file=sys.stderr, flush=True)
-            return
+    def _show(self, phase: str, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if phase != self._phase:
+            self._phase, self._began, self._said, self._task = phase, now, now, None
+        if sys.stderr.isatty():
+            self._draw(f"{phase}: {what}", done, total)
+        elif now - self._said > QUIET_SECONDS or done == total:
+            self._said, elapsed = now, now - self._began
+            time_ = f"took {elapsed:.0f} s" if done == total else f"about {elapsed * (total - done) / done:.0f} s left"
+            print(f"{phase}: {what}, {time_}", file=sys.stderr, flush=True)
+
+    def _draw(self, text: str, done: int, total: int) -> None:
         if self._bar is None:
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-                TimeRemainingColumn(), console=Console(stderr=True),
-            )  # fmt: skip
+            columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+            self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True))
             self._bar.start()
-        if self._task is None or self._bar.tasks[-1].description != label:
-            self._task = self._bar.add_task(label, total=total)
-        self._bar.update(self._task, completed=done)
+        if self._task is None:
+            self._task = self._bar.add_task(text, total=total)
+        self._bar.update(self._task, completed=done, description=text)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        self._phase = ""

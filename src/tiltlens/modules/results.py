@@ -13,6 +13,13 @@ from tiltlens.estimates import estimate_curve
 from tiltlens.run_folder import RunFolder
 
 
+NAMED = 20  # rows that a warning names
+DETERMINISTIC = (
+    "eta = 0: the chain is deterministic, its steps have no noise to measure a shift against: path_kl, log_w and what "
+    "rests on them are null. Take eta > 0 for them."
+)
+
+
 def estimate_run(folder: RunFolder, module: Any, data: Any) -> None:
     """Write curve.parquet, summary.json and pilot/samples.parquet. module: a SamplingModule that has sampled."""
     sampler = module.sampler
@@ -27,7 +34,7 @@ def estimate_run(folder: RunFolder, module: Any, data: Any) -> None:
             here = mine["strength"] == row["strength"]
             row["seconds"] = float(np.nansum(mine["seconds"][here]))
         rows += curve
-        warnings += [f"{unit.name}: {note}" for note in notes]
+        warnings += [f"{unit.name}: {note}" for note in [*notes, *lost(mine)]]
         reference = sampler.constraint.naturals[i]
         natural[unit.name] = {
             "mean": reference.mean, "std": reference.std, "n": len(reference.activations),
@@ -35,9 +42,18 @@ def estimate_run(folder: RunFolder, module: Any, data: Any) -> None:
             "quantiles": {f"q{q:g}": float(torch.quantile(reference.activations, q)) for q in (0.01, 0.05, 0.5, 0.95, 0.99)}
             if len(reference.activations) else {},
         }  # fmt: skip
+    if module.eta == 0:
+        warnings.insert(0, DETERMINISTIC)
     if pilots is not None:
         _write_table(folder, "pilot/samples.parquet", pilots)
     folder.write_curve(rows, natural=natural, warnings=warnings)
+
+
+def lost(samples: dict[str, np.ndarray]) -> list[str]:
+    """The names of one unit's rows that are not finite."""
+    names = [f"strength {s:g} seed {k}" for s, k in zip(*(samples[c][~samples["finite"]] for c in ("strength", "seed")))]
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return [f"not finite (finite = false in samples.parquet): {', '.join(names[:NAMED])}{more}"] if names else []
 
 
 def columns(table: pa.Table) -> dict[str, np.ndarray]:

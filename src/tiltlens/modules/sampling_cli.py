@@ -1,24 +1,26 @@
 """`sample.py`: LightningCLI over SamplingModule and PlanData, a run folder out."""
 
-import inspect
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import ArgumentError
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 
+from tiltlens.energies import Energy
 from tiltlens.errors import UserError
-from tiltlens.modules.command_line import explain
+from tiltlens.guidance import Guidance
+from tiltlens.modules.command_line import CommandLine
 from tiltlens.modules.plan_data import PlanData
 from tiltlens.modules.progress import SamplingProgress
 from tiltlens.modules.run_writer import RunFolderWriter
 from tiltlens.modules.sampling_module import SamplingModule
-from tiltlens.modules.wandb_curve import WandbCurve
+from tiltlens.modules.wandb_curve import WandbCurve, place_wandb
+from tiltlens.priors import Prior
+from tiltlens.units import Unit
 
 LOGGER = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"project": "tiltlens", "offline": True}}
 TRAINER = {
@@ -27,8 +29,11 @@ TRAINER = {
 }  # fmt: skip
 
 
-class SamplingCLI(LightningCLI):
-    """`--out DIR` (default runs/NAME, NAME the stem of the config); every constructor argument is an override."""
+class SamplingCLI(CommandLine):
+    """Every constructor argument of SamplingModule, PlanData and Trainer is an override."""
+
+    modules = {"model": (SamplingModule,), "data": (PlanData,)}  # noqa: RUF012
+    families = {"model.prior": Prior, "model.unit": Unit, "model.energy": Energy, "model.guidance": Guidance}  # noqa: RUF012
 
     def __init__(self, args: list[str] | None = None):
         super().__init__(
@@ -44,33 +49,24 @@ class SamplingCLI(LightningCLI):
             args=args,
         )
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--out", type=Path | None, default=None, help="the run folder; default runs/NAME")
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        try:
-            super().parse_arguments(parser, args)
-        except ArgumentError as error:
-            raise UserError(explain(str(error), self.known_keys(parser))) from error
-
-    @staticmethod
-    def known_keys(parser: LightningArgumentParser) -> list[str]:
-        keys = list(parser.get_defaults().keys())
-        for name, cls in (("model", SamplingModule), ("data", PlanData)):
-            keys += [f"{name}.{key}" for key in inspect.signature(cls).parameters]
-        return sorted(set(keys))
-
-    @property
-    def out(self) -> Path:
-        configs = self.config.get("config") or []
-        return Path(self.config.get("out") or Path("runs") / (Path(str(configs[0])).stem if configs else "sample"))
+    def config_text(self) -> str:
+        """config.yaml: all that is set, and not where this run was put."""
+        config = self.config.clone()
+        for key in ("config", "out"):
+            config.pop(key, None)
+        return self.parser.dump(config, skip_none=True, skip_link_targets=False, skip_validation=True)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
-        text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
+        devices = str(config["devices"])
+        if devices.isdigit() and int(devices) > (os.cpu_count() or 1):  # on CPU each would be a process
+            raise UserError(f"trainer.devices = {devices}: this machine has {os.cpu_count()} processors")
         config["callbacks"] = [
-            *(config["callbacks"] or []), SamplingProgress(), RunFolderWriter(str(self.out), text), WandbCurve()
-        ]  # fmt: skip
+            *(config["callbacks"] or []),
+            SamplingProgress(),
+            RunFolderWriter(str(self.out), self.config_text()),
+            WandbCurve(),
+        ]
         if config["default_root_dir"] is None:
             config["default_root_dir"] = str(self.out)
         if isinstance(config["logger"], WandbLogger):
@@ -78,22 +74,20 @@ class SamplingCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def place_wandb(logger: WandbLogger, out: Path) -> None:
-    """Its files go under OUT/wandb, quietly; online with no login is an error now and not a prompt later."""
-    import wandb
-
-    if not logger._offline and not (os.environ.get("WANDB_API_KEY") or wandb.Api.api_key_configured()):
-        raise UserError("W&B is asked for online, but there is no login: set WANDB_API_KEY or run `wandb login`, or stay offline")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    logger._wandb_init["dir"] = str(out)
-    logger._save_dir = str(out)
-
-
 def main(args: list[str] | None = None) -> None:
     """Sample what is asked; returns only if all of it is in the run folder."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning.*")
     cli = SamplingCLI(args)
-    next(c for c in cli.trainer.callbacks if isinstance(c, RunFolderWriter)).open(cli.model, cli.datamodule)
-    cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
-    print(f"{cli.out / 'report.html'}")
+    cli.model.check_trainer(cli.trainer)
+    if cli.trainer.is_global_zero:
+        next(c for c in cli.trainer.callbacks if isinstance(c, RunFolderWriter)).open(cli.model, cli.datamodule)
+    try:
+        cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
+    except SystemExit:
+        if not cli.trainer.interrupted:
+            raise
+        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
+        raise KeyboardInterrupt from None  # Lightning makes an exit with status 1 of it
+    if cli.trainer.is_global_zero:
+        print(cli.out / "report.html")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 
 from tiltlens.energies import Energy, Linear
 from tiltlens.guidance import Calibrated, Guidance
@@ -81,25 +81,34 @@ class SamplingModule(LightningModule):
         """Load prior and encoders and check that they fit; idempotent. All errors of the user's come from here."""
         if self.prior is not None:
             return
-        prior = self.prior_spec
+        bank, prior = UnitBank(self.units), self.prior_spec
         if isinstance(prior, str):
             prior = load_prior(prior, prompt=self.prompt, precision=self.precision)
         step_indices(prior.denoiser.schedule, self.steps, self.spacing)
         if self.natural and not prior.images:
             raise ValueError(f"model.natural is an image folder, but the prior {prior.name} has no images")
-        self.bank = UnitBank(self.units)
-        self.bank.validate(prior.image_size or prior.denoiser.shape)
-        self.prior = prior
+        bank.validate(prior.image_size or prior.denoiser.shape)
+        self.bank, self.prior = bank, prior
 
     def setup(self, stage: str) -> None:
         if stage != "predict":
             raise ValueError(f"SamplingModule samples: use Trainer.predict, not {stage}")
-        if getattr(self.trainer.predict_loop, "inference_mode", False):
+        self.check_trainer(self.trainer)
+        self.load()
+
+    @staticmethod
+    def check_trainer(trainer: Trainer) -> None:
+        """Raises ValueError for trainer settings that cannot sample, or that would change p unseen."""
+        if trainer.predict_loop.inference_mode:
             raise ValueError(
                 "guided sampling takes gradients with respect to the sample: expected Trainer(inference_mode=False), "
                 "found inference_mode=True. Pass --trainer.inference_mode=false"
             )
-        self.load()
+        if trainer.precision != "32-true":
+            raise ValueError(
+                f"trainer.precision = {trainer.precision}: the chain runs in float32; the precision of the prior's network "
+                "is --model.precision bfloat16"
+            )
 
     def on_predict_start(self) -> None:
         self.sampler = Sampler(
@@ -131,7 +140,7 @@ class SamplingModule(LightningModule):
         return batch  # names, not tensors
 
     def predict_step(self, batch: list[Row], batch_idx: int) -> Samples:
-        report = (lambda done, total: self.progress("step", done * len(batch), total * len(batch))) if self.progress else None
+        report = (lambda done, total: self.progress("step", done, total)) if self.progress else None
         return self.sampler.sample(batch, report)
 
     def describe(self) -> dict:

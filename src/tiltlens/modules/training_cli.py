@@ -6,20 +6,17 @@ OUT/logs/version_N/         metrics.csv, one version a start
 OUT/prior or OUT/encoder    the trained network with averaged weights, as the field's libraries read it
 """
 
-import inspect
 import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from tiltlens.errors import UserError
-from tiltlens.modules.command_line import explain
+from tiltlens.modules.command_line import CommandLine
 from tiltlens.modules.encoder_module import EncoderModule
 from tiltlens.modules.image_data import ImageFolderData
 from tiltlens.modules.prior_module import PriorModule
@@ -34,8 +31,10 @@ class SaveAsked(SaveConfigCallback):
         self.parser.save(self.config, out / "config.yaml", skip_none=False, overwrite=True, multifile=False)
 
 
-class TrainingCLI(LightningCLI):
-    """fit and validate for every module here; `--out DIR`, by default runs/NAME, NAME the config's stem."""
+class TrainingCLI(CommandLine):
+    """fit and validate for every module here."""
+
+    modules = {"model": (PriorModule, EncoderModule)}  # noqa: RUF012
 
     def __init__(self, args: list[str] | None = None):
         quiet = {"exit_on_error": False}
@@ -57,27 +56,8 @@ class TrainingCLI(LightningCLI):
         names = ("fit", "validate")
         return {name: LightningCLI.subcommands()[name] for name in names}
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--out", type=Path | None, default=None, help="folder of the run; default runs/NAME"
-        )
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        try:
-            super().parse_arguments(parser, args)
-        except ArgumentError as error:
-            raise UserError(explain(str(error), self.known_keys())) from error
-
-    def known_keys(self) -> list[str]:
-        keys = list(self._subcommand_parsers["fit"].get_defaults().keys())
-        for module in (PriorModule, EncoderModule):
-            keys += [f"model.{name}" for name in inspect.signature(module).parameters]
-        return sorted(set(keys))
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        asked = self._get(self.config, "out")
-        configs = self._get(self.config, "config") or []
-        out = Path(asked or Path("runs") / (Path(str(configs[0])).stem if configs else "train"))
+        out = self.out
         # Both write the one file that `--ckpt_path last` finds. Lightning's save_last would write it at the
         # end of training again, when the average has taken the place of the weights to go on from.
         every = {"dirpath": out / "checkpoints", "filename": "last", "enable_version_counter": False}

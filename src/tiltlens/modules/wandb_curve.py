@@ -5,6 +5,7 @@ metric names that have the strength as their x axis; grids of images on fixed se
 norm of the guidance at each step against log-SNR; and one sortable table of samples.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
+from tiltlens.errors import UserError
 from tiltlens.modules.results import columns
 from tiltlens.modules.sampling_module import SamplingModule
 from tiltlens.report import grid
@@ -48,6 +50,20 @@ class WandbCurve(Callback):
                 run.log({f"{prefix}/grid": wandb.Image(grid(folder, unit.name), caption="rows: strength, columns: seed")})
         log_table(run, samples, folder)
         run.finish()
+
+
+def place_wandb(logger: WandbLogger, out: Path) -> None:
+    """Its files go under OUT/wandb, quietly; online with no login is an error now and not a prompt later."""
+    if not logger._offline and not wandb.login(prompt=False, verify=False):
+        raise UserError("W&B is asked for online, but there is no login: set WANDB_API_KEY or run `wandb login`, or stay offline")
+    init = logger._wandb_init
+    init.pop("anonymous", None)  # Lightning passes it always; W&B warns of it always
+    init["dir"] = logger._save_dir = str(out)
+    init["name"] = init.get("name") or out.name
+    # the run folder says where it comes from: neither the console nor this machine is recorded
+    quiet = {"silent": True, "console": "off", "disable_git": True, "disable_code": True}
+    bare = {"x_disable_stats": True, "x_disable_meta": True, "x_disable_machine_info": True}
+    init["settings"] = init.get("settings") or wandb.Settings(**quiet, **bare)
 
 
 def schedule_name(module: SamplingModule) -> str:

@@ -164,7 +164,7 @@ class GaussianMixture(Prior):
         energy = energy or Linear()
         w = torch.as_tensor(direction, dtype=torch.float64)
         s = torch.as_tensor(strength, dtype=torch.float64)
-        tilt = energy.log_tilt(self.denoiser.means @ w, self.denoiser.variances * (w @ w), s, torch.tensor(level).double())
+        tilt = energy.log_tilt(self.denoiser.means @ w, self.denoiser.variances * (w @ w), s, torch.tensor(level, dtype=torch.float64))
         return torch.logsumexp(self.denoiser.log_weights + tilt, 0)
 
     def mean_energy(self, direction: Tensor, strength: float, energy: Energy | None = None, level: float = 0.0) -> float:
@@ -184,8 +184,10 @@ class GaussianMixture(Prior):
         w = torch.as_tensor(direction, dtype=torch.float64)
         m, v = self.denoiser.means, self.denoiser.variances
         log_w = self.denoiser.log_weights + strength * (m @ w) + strength**2 * v * (w @ w) / 2
-        means = m + strength * v[:, None] * w
-        return GaussianMixture(log_w.softmax(0).tolist(), means.tolist(), v.tolist(), len(self.denoiser.schedule))
+        weights, means = log_w.softmax(0), m + strength * v[:, None] * w
+        left = weights > 0  # a component whose weight underflows is absent
+        points = len(self.denoiser.schedule)
+        return GaussianMixture(weights[left].tolist(), means[left].tolist(), v[left].tolist(), points)
 
 
 def levels(means: Tensor, variances: Tensor, points: int) -> Tensor:

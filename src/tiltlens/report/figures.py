@@ -102,9 +102,10 @@ def frontier(run: UnitRun) -> Figure | None:
     if name == "z":
         _gaussian_frontier(axes, max(r["z_mean"] for r in rows))
     lowest = min(0.0, *(r[k] for r in rows for k in keys if r[k] is not None))
-    axes.set_xlim(
-        lowest - 0.02 * widest if widest else -0.1, (widest * 1.18 if widest < WIDE else widest * 3) or 1.0
-    )
+    if widest > WIDE:  # a logarithmic axis, linear below one nat
+        axes.set_xlim(min(lowest, -0.25), widest * 3)
+    else:
+        axes.set_xlim(lowest - 0.02 * widest if widest else -0.1, widest * 1.18 or 1.0)
     axes.set_xlabel("KL from p, nats")
     axes.set_ylabel(f"mean {_axis(run)}")
     return figure

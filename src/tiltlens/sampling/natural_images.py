@@ -31,11 +31,13 @@ def read_natural_members(folder: str, bank: UnitBank, side: int, device: str | t
     return [members[:, i, : u.size] for i, u in enumerate(bank.units)]
 
 
-def load_image(path: Path, side: int) -> Tensor:
-    """(3, side, side) in [-1, 1]: EXIF rotation applied, centre crop to a square, Lanczos resize."""
+def load_image(path: Path, side: int | None = None) -> Tensor:
+    """(3, H, W) in [-1, 1], EXIF rotation applied; with a side, the centre square of it, resized by Lanczos."""
     try:
         with Image.open(path) as image:
-            rgb = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+            rgb = ImageOps.exif_transpose(image).convert("RGB")
+            if side is not None:
+                rgb = ImageOps.fit(rgb, (side, side), Image.Resampling.LANCZOS)
     except OSError as error:
         raise ValueError(f"natural: {path} cannot be read as an image ({error}); remove it or repair it") from error
     return torch.from_numpy(np.asarray(rgb).copy()).permute(2, 0, 1).float() / 127.5 - 1

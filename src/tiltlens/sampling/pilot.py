@@ -98,7 +98,8 @@ def regression(u: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """a (P,) on u (steps, P) -> slope, intercept, residual variance, each (steps,).
 
     Second moments are pooled over neighbouring steps; a slope t = slope / se below 2 is zero, and any other is shrunk
-    by its positive part James-Stein factor 1 - 1/t^2. Negative slopes are taken for noise: zero. The residual variance
+    by its positive part James-Stein factor 1 - 1/t^2. t is that of the least correlation from this step on, so that
+    guidance begins once and is not switched off again by chance. Negative slopes are taken for noise: zero. The residual variance
     of a zero slope is that of a: the unit cannot be read there.
     """
     steps, count = u.shape
@@ -107,6 +108,8 @@ def regression(u: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     pooled_cov, pooled_var = _pool(cov), _pool(var_u)
     slope = pooled_cov / pooled_var.clamp_min(1e-12)
     r2 = (pooled_cov**2 / (pooled_var * var_a).clamp_min(1e-24)).clamp(0, 1 - 1e-9)
+    r2 = torch.where(pooled_cov > 0, r2, 0)
+    r2 = r2.flip(0).cummin(0).values.flip(0)  # what can be read at one level can be read at every cleaner one
     t = (r2 * max(count - 2, 1) / (1 - r2)).sqrt()
     slope = torch.where((t > KEPT_ABOVE) & (slope > 0), slope * (1 - 1 / t.clamp_min(1) ** 2), torch.zeros_like(slope))
     slope[-1] = 1.0  # the last estimate is the sample

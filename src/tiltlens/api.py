@@ -1,0 +1,92 @@
+"""The notebook's face: one call that samples a unit's tilted law and hands back curve, images and report.
+
+    >>> from tiltlens import tilt
+    >>> result = tilt("bundled", "bundled,class=horse", strengths=[0, 1, 5, 20], n=16)   # doctest: +SKIP
+    >>> result.curve[1]["kl"], result.images[20.0].shape, result.report()                # doctest: +SKIP
+"""
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from torch import Tensor
+
+from tiltlens.energies import Energy
+from tiltlens.guidance import Guidance
+from tiltlens.modules.plan_data import PlanData
+from tiltlens.modules.progress import SamplingProgress
+from tiltlens.modules.run_writer import RunFolderWriter
+from tiltlens.modules.sampling_module import SamplingModule
+from tiltlens.priors.prior import Prior
+from tiltlens.report import write_report
+from tiltlens.run_folder import RunFolder
+from tiltlens.sampling.natural_images import load_image
+from tiltlens.units import Unit
+
+
+@dataclass(frozen=True)
+class Tilt:
+    """What `tilt` found. folder: the run folder, with everything that sample.py writes."""
+
+    folder: RunFolder
+
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        """The rows of summary.json: one a (unit, strength)."""
+        return self.folder.read_summary()["rows"]
+
+    @property
+    def warnings(self) -> list[str]:
+        return self.folder.read_summary()["warnings"]
+
+    @property
+    def images(self) -> dict[float, Tensor]:
+        """By strength: (n, 3, H, W) in [-1, 1], in order of unit and seed, from the PNG files. Empty for vector priors."""
+        table = self.folder.samples()
+        out: dict[float, list[Tensor]] = {}
+        for strength, name in zip(table["strength"].to_pylist(), table["image"].to_pylist()):
+            if name is not None:
+                out.setdefault(strength, []).append(load_image(self.folder.path / name))
+        return {strength: torch.stack(images) for strength, images in out.items()}
+
+    def report(self) -> Path:
+        """Write report.html; returns its path."""
+        return write_report(self.folder)
+
+
+def tilt(
+    prior: Prior | str,
+    unit: Unit | str | dict[str, Any] | list[Unit | str | dict[str, Any]],
+    strengths: Sequence[float] = (0.0, 1.0, 5.0, 20.0),
+    n: int = 16,
+    seed: int = 0,
+    *,
+    energy: Energy | None = None,
+    guidance: Guidance | None = None,
+    batch_size: int = 16,
+    out: str | Path | None = None,
+    accelerator: str = "auto",
+    **settings: Any,
+) -> Tilt:
+    """Sample q_s(x) ~ p(x) exp(-s E(a(x))) at each strength; the same rows as `sample.py` gives.
+
+    settings: further arguments of `SamplingModule` (steps, eta, pilot, precision, ...). out: the run folder, a new
+    temporary one by default; an existing one is resumed. Raises ValueError for anything that does not fit.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="tiltlens-"))
+    module = SamplingModule(prior, unit, energy, guidance, **settings)
+    data = PlanData(list(strengths), n, seed, batch_size)
+    writer = RunFolderWriter(str(folder), report=False)
+    trainer = Trainer(
+        inference_mode=False, logger=False, enable_checkpointing=False, enable_model_summary=False,
+        enable_progress_bar=False, accelerator=accelerator, devices=1, default_root_dir=str(folder),
+        callbacks=[SamplingProgress(), writer],
+    )  # fmt: skip
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    return Tilt(writer.folder)

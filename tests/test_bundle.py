@@ -1,0 +1,43 @@
+"""What the bundle promises: small, safe, natural enough, and DINOv3's architecture."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tiltlens import load_encoder, load_prior
+
+BUNDLE = Path(str(files("tiltlens"))) / "bundled"
+
+
+def test_it_is_small_and_holds_no_pickle():
+    weights = [p for p in BUNDLE.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in weights) <= 45e6
+    assert {p.suffix for p in weights} <= {".safetensors", ".json", ".md", ".py", ".txt"}
+
+
+def test_each_has_a_card():
+    for name in ("prior", "encoder"):
+        card = (BUNDLE / name / "README.md").read_text()
+        for word in ("CIFAR-10", "2026", "steps"):
+            assert word in card, f"the card of the bundled {name} does not say {word!r}"
+
+
+def test_the_prior_costs_at_most_one_and_a_half_gflop():
+    prior = load_prior("bundled")
+    x = torch.zeros(1, *prior.denoiser.shape)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        x0_hat = prior.denoiser(x, 500)
+    assert counter.get_total_flops() <= 1.5e9
+    assert x0_hat.shape == x.shape
+    assert prior.image_size == 32
+
+
+def test_the_encoder_is_dinov3_in_miniature():
+    encoder = load_encoder("bundled")
+    assert type(encoder.model).__name__ == "Eva"
+    assert (encoder.num_prefix_tokens, encoder.num_registers) == (5, 4)
+    assert encoder.input_size == (32, 32)
+    assert len(encoder.class_names) == 10
+    assert encoder.model.patch_embed.patch_size == (4, 4)
