@@ -11,7 +11,8 @@ log Z(l) of the bound), and all guidances share their seeds. p is the law of thi
 of Calibrated sees no more than sample.py gives it: the first --pilot trajectories of the pool.
 
 +- is one standard error: bootstrap over seeds and pool, seeds in common. A kl_lower with ">=" lies at the edge of
-what the pool can say of log Z: a bound still, but not the sharpest. The table goes to stdout, progress to stderr.
+what the pool can say of log Z: a bound still, but not the sharpest. The energy is linear, where MomentMatched and
+DPS are one and the same: w, held fixed, is only a constant. The table goes to stdout, progress to stderr.
 """
 
 import argparse
@@ -53,7 +54,11 @@ UNITS = [
 TARGET = 1.0  # prior standard deviations: the shift that strengths are tuned to
 NEAR = 0.15  # a tuning run this near is the last
 TRIES = 4
-FIRST, SECOND, TUNING = 0, 10_000, 20_000  # first seed of the row at strength 1, the tuned row, the tuning runs
+FIRST, SECOND, TUNING = (
+    0,
+    10_000,
+    20_000,
+)  # first seeds: the rows at strength 1, the tuned rows, the tuning runs
 RESAMPLES = 400
 TOP = 20.0  # the largest l of the lower bound
 
@@ -81,7 +86,13 @@ class Figure:
         return self.kl_lower[0] / self.path_kl[0], self.kl_lower[1] / self.path_kl[1]
 
     def plain(self) -> dict:
-        out = {"unit": self.unit, "guidance": self.guidance, "strength": self.strength, "tuned": self.tuned, "n": self.n}
+        out = {
+            "unit": self.unit,
+            "guidance": self.guidance,
+            "strength": self.strength,
+            "tuned": self.tuned,
+            "n": self.n,
+        }
         for name in ("shift", "path_kl", "kl_lower", "efficiency", "objective"):
             value, resamples = getattr(self, name)
             out |= {name: value, f"{name}_se": float(resamples.std())}
@@ -100,7 +111,9 @@ class Bench:
         self.bank.validate(self.prior.image_size)
         self.names = [u.name for u in self.bank.units]
         start = time.perf_counter()
-        pilots = self._sampler(DPS()).run_pilot(asked.pool, asked.batch_size, lambda k, n: tell(f"pool {k}/{n}"))
+        pilots = self._sampler(DPS()).run_pilot(
+            asked.pool, asked.batch_size, lambda k, n: tell(f"pool {k}/{n}")
+        )
         tell(f"pool of {asked.pool}: {time.perf_counter() - start:.0f} s", end="\n")
         self.slopes = [UnitPilot(p.members[: asked.pilot], p.path[:, : asked.pilot]) for p in pilots]
         self.members = [p.members for p in pilots]
@@ -122,12 +135,16 @@ class Bench:
         sampler.calibrate(self.slopes, self.members)
         return sampler
 
-    def run(self, sampler: Sampler, unit: int, strength: float, first: int, n: int, what: str) -> dict[str, np.ndarray]:
+    def run(
+        self, sampler: Sampler, unit: int, strength: float, first: int, n: int, what: str
+    ) -> dict[str, np.ndarray]:
         """n samples from seed `first` on -> columns z, energy, log_w, path_kl (n,), and finite."""
         rows = [Row(unit, strength, first + i) for i in range(n)]
         batches = [rows[i : i + self.asked.batch_size] for i in range(0, n, self.asked.batch_size)]
         done = [
-            sampler.sample(batch, lambda k, steps, i=i: tell(f"{what}: batch {i + 1}/{len(batches)}, step {k}/{steps}"))
+            sampler.sample(
+                batch, lambda k, steps, i=i: tell(f"{what}: batch {i + 1}/{len(batches)}, step {k}/{steps}")
+            )
             for i, batch in enumerate(batches)
         ]
         names = ("z", "energy", "log_w", "path_kl", "finite")
@@ -146,7 +163,9 @@ class Bench:
         for attempt in range(TRIES):
             log_s = guess(points)
             run = self.run(sampler, unit, float(np.exp(log_s)), TUNING, n, f"{what}, tuning {attempt + 1}")
-            found = float((run["z"] - self.free[unit])[run["finite"]].mean()) if run["finite"].any() else np.nan
+            found = (
+                float((run["z"] - self.free[unit])[run["finite"]].mean()) if run["finite"].any() else np.nan
+            )
             tell(f"{what}: strength {np.exp(log_s):.3g} shifts by {found:.2f}", end="\n")
             if not np.isfinite(found):
                 points.append((log_s, np.log(10.0)))
@@ -159,12 +178,18 @@ class Bench:
     def row(self, sampler: Sampler, unit: int, name: str, strength: float, tuned: bool) -> Figure:
         n, what = self.asked.samples, f"{self.names[unit]}, {name}"
         start = time.perf_counter()
-        run = self.run(sampler, unit, strength, SECOND if tuned else FIRST, n, f"{what}, strength {strength:.3g}")
+        run = self.run(
+            sampler, unit, strength, SECOND if tuned else FIRST, n, f"{what}, strength {strength:.3g}"
+        )
         seconds = (time.perf_counter() - start) / n
         keep = run["finite"]
         if keep.sum() < 2:
-            raise SystemExit(f"{what}, strength {strength:.3g}: {n - keep.sum()} of {n} samples are not finite")
-        samples = Samples(strength, run["energy"][keep], run["log_w"][keep], run["path_kl"][keep], np.flatnonzero(keep))
+            raise SystemExit(
+                f"{what}, strength {strength:.3g}: {n - keep.sum()} of {n} samples are not finite"
+            )
+        samples = Samples(
+            strength, run["energy"][keep], run["log_w"][keep], run["path_kl"][keep], np.flatnonzero(keep)
+        )
         pool, ones, counts = self.pool[unit], np.ones(int(keep.sum())), self.counts[:, keep]
         reach = least_kl(mean(samples.energy, None, samples.martingale).value, *self.trust[unit])
 
@@ -179,7 +204,18 @@ class Bench:
         pairs = [(float(a), np.asarray(b)) for a, b in zip(point, again)]
         edge = bool(reach and reach.edge)
         ess = tilt(samples, strength).ess
-        return Figure(self.names[unit], name, strength, tuned, len(samples), int((~keep).sum()), *pairs, ess, edge, seconds)
+        return Figure(
+            self.names[unit],
+            name,
+            strength,
+            tuned,
+            len(samples),
+            int((~keep).sum()),
+            *pairs,
+            ess,
+            edge,
+            seconds,
+        )
 
 
 def guess(points: list[tuple[float, float]]) -> float:
@@ -206,7 +242,8 @@ def round_off(strength: float) -> float:
 
 def unguided(z) -> Samples:
     z = np.asarray(z, np.float64)
-    z = z[np.isfinite(z)]
+    if not np.isfinite(z).all():
+        raise SystemExit(f"the pool has {(~np.isfinite(z)).sum()} unguided samples that are not finite")
     return Samples(0.0, -z, None, None, np.arange(len(z)))
 
 
@@ -225,7 +262,9 @@ def pm(pair: tuple[float, np.ndarray], digits: int = 2, sign: str = "") -> str:
 
 
 def print_rows(figures: list[Figure]) -> None:
-    print("\n| unit | guidance | strength | shift | path KL | kl_lower | efficiency | objective | ESS | s/sample |")
+    print(
+        "\n| unit | guidance | strength | shift | path KL | kl_lower | efficiency | objective | ESS | s/sample |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for f in figures:
         lower = (">= " if f.edge else "") + pm(f.kl_lower)
@@ -255,21 +294,28 @@ def print_closing(figures: list[Figure], units: list[str]) -> dict:
     closing = {"efficiency": {k: float(v[0]) for k, v in means.items()}}
     for name in names:
         if name.startswith(OURS) and THEIRS in means:
-            ratio = (float(means[name][0] / means[THEIRS][0]), means[name][1] / means[THEIRS][1])
-            verdict = "PASS" if ratio[0] >= GOAL else "FAIL"
-            closing |= {f"ratio of {name}": ratio[0], f"ratio_se of {name}": float(ratio[1].std())}
-            word = f"{verdict}: " if name == OURS else ""
-            goal = f" (goal: at least {GOAL:g})" if name == OURS else ""
-            print(f"\n{word}the KL efficiency of {name} is {pm(ratio, 1)} times that of {THEIRS}{goal}.")
+            ratio, again = float(means[name][0] / means[THEIRS][0]), means[name][1] / means[THEIRS][1]
+            low, high = np.nanquantile(again, [0.16, 0.84])  # no standard error: the ratio's tail is heavy
+            closing[f"ratio of {name}"] = {"value": ratio, "low": float(low), "high": float(high)}
+            said = f"the KL efficiency of {name} is {ratio:.1f} times that of {THEIRS} (68 %: {low:.1f} to {high:.1f})"
+            if name == OURS:
+                said = f"{'PASS' if ratio >= GOAL else 'FAIL'}: {said}; goal: at least {GOAL:g}"
+            print(f"\n{said}.")
     return closing
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prior", default="bundled", help="bundled, a diffusers folder, or a hub name")
     parser.add_argument("--precision", default="bfloat16", help="of the prior's network: bfloat16 or float32")
-    parser.add_argument("--units", nargs="+", default=UNITS, help="addresses (with weights=FILE for other encoders)")
-    parser.add_argument("--guidance", nargs="+", default=list(GUIDANCES), choices=list(GUIDANCES), metavar="NAME")
+    parser.add_argument(
+        "--units", nargs="+", default=UNITS, help="addresses (with weights=FILE for other encoders)"
+    )
+    parser.add_argument(
+        "--guidance", nargs="+", default=list(GUIDANCES), choices=list(GUIDANCES), metavar="NAME"
+    )
     parser.add_argument("--samples", type=int, default=64, help="of a row")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--pool", type=int, default=256, help="unguided samples")
@@ -280,8 +326,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="does it run: one unit, a few samples and steps")
     asked = parser.parse_args()
     if asked.quick:
-        asked.samples, asked.steps, asked.pool, asked.pilot, asked.tuning, asked.batch_size = 8, 8, 32, 32, 8, 8
-        asked.units = asked.units[:1]
+        asked.samples, asked.steps, asked.pool, asked.pilot = 4, 6, 32, 32
+        asked.tuning, asked.batch_size, asked.units = 2, 8, asked.units[:1]
     if not 8 <= asked.pilot <= asked.pool:
         parser.error("expected 8 <= --pilot <= --pool")
     return asked
@@ -306,6 +352,7 @@ def main() -> None:
     print(
         f"prior {bench.prior.name} ({bench.prior.fingerprint[:12]}), {asked.precision}; {asked.steps} steps, eta 1, uniform in "
         f"log-SNR; {asked.samples} samples a row; pool of {asked.pool}, slopes from {asked.pilot}; {seconds / 60:.1f} minutes"
+        + (" (--quick: the figures mean nothing)" if asked.quick else "")
     )
     print_rows(figures)
     closing = print_closing(figures, bench.names)

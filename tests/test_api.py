@@ -20,7 +20,9 @@ def test_tilt_gives_curve_images_and_report_and_agrees_with_the_closed_form(tmp_
     truth = float(prior.log_z(torch.tensor(direction), 1.0)), prior.kl(torch.tensor(direction), 1.0)
     for key, value in zip(("log_z", "kl"), truth):
         error = abs(one[key] - value)
-        assert error < 4 * one[f"{key}_se"], f"{key}: {one[key]:.4f} ± {one[f'{key}_se']:.4f}, truth {value:.4f}"
+        assert error < 4 * one[f"{key}_se"], (
+            f"{key}: {one[key]:.4f} ± {one[f'{key}_se']:.4f}, truth {value:.4f}"
+        )
     assert one["path_kl"] >= one["kl_lower"]
     assert result.images == {}
     page = result.report().read_text()

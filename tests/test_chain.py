@@ -52,7 +52,9 @@ def test_strength_zero_is_the_base_chain_bit_by_bit(name, eta):
     free = [state.x for state, _ in made.chain.run(noise(made, range(4)))]
     guided = list(made.chain.run(noise(made, range(4)), made.guidance, bound(made, [0, 1, 1, 0], strengths)))
     for number, (x, (state, info)) in enumerate(zip(free, guided)):
-        assert torch.equal(x[[0, 2]], state.x[[0, 2]]), f"{name}, eta {eta}: strength 0 differs at step {number}"
+        assert torch.equal(x[[0, 2]], state.x[[0, 2]]), (
+            f"{name}, eta {eta}: strength 0 differs at step {number}"
+        )
         assert state.log_dpdq[[0, 2]].abs().max() == state.path_kl[[0, 2]].abs().max() == 0
         assert info.guidance_norm[[0, 2]].abs().max() == 0
     assert (free[-1][[1, 3]] - state.x[[1, 3]]).abs().amax(1).min() > 1e-3, f"{name}: guidance moves nothing"
@@ -70,7 +72,11 @@ def test_a_row_is_the_same_in_any_batch_and_order(name, tiny_unet):
     """The same name gives the same image: batches of 1, 3 and 16, forwards and backwards."""
     if name == "calibrated on a network":
         directions = torch.randn(2, 192, generator=torch.Generator().manual_seed(0)).div(14).tolist()
-        made, tolerance, sizes = sampler("calibrated", steps=6, prior=tiny_unet, directions=directions), 1e-4, (3, 16)
+        made, tolerance, sizes = (
+            sampler("calibrated", steps=6, prior=tiny_unet, directions=directions),
+            1e-4,
+            (3, 16),
+        )
     else:
         made, tolerance, sizes = sampler(name), 1e-6, (1, 3, 16)
     whole = made.sample(MIXED)
@@ -80,7 +86,9 @@ def test_a_row_is_the_same_in_any_batch_and_order(name, tiny_unet):
         for what in ("images", "activation", "energy", "log_w", "path_kl", "step_kl", "guidance_norm"):
             found = torch.cat([getattr(p, what) for p in parts]).flip(0)
             off = (found - getattr(whole, what)).abs().max()
-            assert off < tolerance * (1 + getattr(whole, what).abs().max()), f"{name}, batch {size}: {what} off by {off:.1e}"
+            assert off < tolerance * (1 + getattr(whole, what).abs().max()), (
+                f"{name}, batch {size}: {what} off by {off:.1e}"
+            )
 
 
 @each
@@ -99,13 +107,18 @@ def test_a_broken_row_never_touches_its_neighbours(name, monkeypatch):
     found, others = made.sample(rows), [0, 1, 3, 4]
     assert found.finite.tolist() == [True, True, False, True, True], f"{name}: {found.finite}"
     for what in ("images", "log_w", "path_kl", "activation"):
-        assert torch.equal(getattr(found, what)[others], getattr(sound, what)[others]), f"{name}: {what} of a neighbour"
+        assert torch.equal(getattr(found, what)[others], getattr(sound, what)[others]), (
+            f"{name}: {what} of a neighbour"
+        )
 
 
 @each
 def test_the_last_step_is_not_guided(name):
     made = sampler(name)
-    infos = [info for _, info in made.chain.run(noise(made, [1, 2]), made.guidance, bound(made, [0, 1], [1.0, 2.0]))]
+    infos = [
+        info
+        for _, info in made.chain.run(noise(made, [1, 2]), made.guidance, bound(made, [0, 1], [1.0, 2.0]))
+    ]
     assert any(i.guided for i in infos[:-1])
     assert not infos[-1].guided
     assert infos[-1].guidance_norm.abs().max() == infos[-1].path_kl.abs().max() == 0
@@ -114,7 +127,9 @@ def test_the_last_step_is_not_guided(name):
 @each
 def test_without_noise_there_are_no_weights(name):
     made = sampler(name, eta=0.0)
-    states = [s for s, _ in made.chain.run(noise(made, [1, 2]), made.guidance, bound(made, [0, 1], [1.0, 2.0]))]
+    states = [
+        s for s, _ in made.chain.run(noise(made, [1, 2]), made.guidance, bound(made, [0, 1], [1.0, 2.0]))
+    ]
     assert states[-1].log_dpdq.abs().max() == states[-1].path_kl.abs().max() == 0
     found = made.sample([Row(0, 1.0, 1), Row(0, 0.0, 1)])
     assert found.log_w is None
@@ -162,44 +177,64 @@ def test_log_dpdq_is_the_difference_of_two_gaussian_log_densities(name, eta):
     torch.testing.assert_close(state.path_kl, kl, atol=1e-8, rtol=1e-8, msg=lambda e: f"{name}: {e}")
 
 
-def weighted(name, energy, level, guided_at, s, n=3000, steps=40):
-    """(log w at strength s of paths guided at strength guided_at, path KL, energies, the prior)."""
+def run_guided(name, energy, s, n, steps):
+    """(final states, log dP/dQ, path KL, the prior) of n paths guided at strength s for the first unit."""
     made = sampler(name, energy, steps=steps)
-    for state, _ in made.chain.run(noise(made, range(n)), made.guidance, bound(made, [0] * n, [guided_at] * n)):  # noqa: B007
+    for state, _ in made.chain.run(noise(made, range(n)), made.guidance, bound(made, [0] * n, [s] * n)):  # noqa: B007
         pass
-    e = energy(state.x @ torch.tensor(W[0], dtype=torch.float64), level)
-    return -s * e + state.log_dpdq, state.path_kl, e, made.prior
+    return state.x, state.log_dpdq, state.path_kl, made.prior
 
 
 @each
-@pytest.mark.parametrize("energy", ENERGIES)
-def test_the_mean_weight_is_z_whatever_the_guidance(name, energy):
-    """E_Q[w] = Z. The guidance is a wrong one, too weak by half: any shift keeps the weights exact."""
-    log_w, kl, _, prior = weighted(name, ENERGIES[energy], LEVELS[energy], 0.5, 1.0)
-    w = (log_w - prior.log_z(W[0], 1.0, ENERGIES[energy], LEVELS[energy])).exp()
-    ess = float(w.sum() ** 2 / w.square().sum()) / len(w)
-    z = float((w.mean() - 1) / (w.std() / len(w) ** 0.5))
-    assert ess > 0.1, f"{name}, {energy}: a z-test on weights of relative ESS {ess:.3f} says nothing"
-    assert abs(z) < 4, f"{name}, {energy}: mean weight {w.mean():.4f} Z, {z:.1f} standard errors off; ESS {ess:.2f}"
+def test_the_mean_weight_is_z_whatever_the_guidance(name):
+    """E_Q[w] = Z. The guidance is a wrong one, too weak by half, and for two of the energies that of another: any shift
+    keeps the weights exact."""
+    x, log_dpdq, kl, prior = run_guided(name, ENERGIES["linear"], 0.5, 3000, 40)
     assert kl.mean() > 1e-3, f"{name}: nothing was guided"
+    for energy, level in LEVELS.items():
+        e = ENERGIES[energy](x @ torch.tensor(W[0], dtype=torch.float64), level)
+        w = (log_dpdq - e - prior.log_z(W[0], 1.0, ENERGIES[energy], level)).exp()
+        ess = float(w.sum() ** 2 / w.square().sum()) / len(w)
+        z = float((w.mean() - 1) / (w.std() / len(w) ** 0.5))
+        assert ess > 0.1, f"{name}, {energy}: a z-test on weights of relative ESS {ess:.3f} says nothing"
+        assert abs(z) < 4, (
+            f"{name}, {energy}: mean weight {w.mean():.4f} Z, {z:.1f} standard errors; ESS {ess:.2f}"
+        )
 
 
 @each
 @pytest.mark.parametrize("energy", ENERGIES)
 def test_path_kl_bounds_kl_and_the_gap_is_not_negative(name, energy):
-    """path KL >= KL(q'||p) >= -l E_q'[E] - log Z(l) for every l, and path KL + s E_q'[E] + log Z(s) >= 0; for the
-    exact twist the path KL is that of the optimum and the gap zero."""
-    s, level = 1.0, LEVELS[energy]
-    _, kl, e, prior = weighted(name, ENERGIES[energy], level, s, s, n=1000)
+    """path KL >= KL(q'||p) >= -l E_q'[E] - log Z(l) for every l; at l = s that is gap >= 0."""
+    level = LEVELS[energy]
+    x, _, kl, prior = run_guided(name, ENERGIES[energy], 1.0, 600, 30)
+    e = ENERGIES[energy](x @ torch.tensor(W[0], dtype=torch.float64), level)
     for other in (0.3, 1.0, 2.0):
-        bound_at = kl + other * e + float(prior.log_z(W[0], other, ENERGIES[energy], level))
-        se = float(bound_at.std()) / len(e) ** 0.5
-        assert bound_at.mean() > -4 * se - 0.01, f"{name}, {energy}, l {other}: {float(bound_at.mean()):.3f} +- {se:.3f}"
-        if name == "exact" and other == s:
-            assert abs(bound_at.mean()) < 4 * se + 0.02, f"{energy}: gap {float(bound_at.mean()):.3f} +- {se:.3f}"
-    if name == "exact":
-        optimum, se = prior.kl(W[0], s, ENERGIES[energy], level), float(kl.std()) / len(kl) ** 0.5
-        assert abs(kl.mean() - optimum) < 4 * se + 0.02, f"{energy}: path KL {kl.mean():.3f}, optimum {optimum:.3f}"
+        gap = kl + other * e + float(prior.log_z(W[0], other, ENERGIES[energy], level))
+        se = float(gap.std()) / len(e) ** 0.5
+        assert gap.mean() > -4 * se - 0.01, (
+            f"{name}, {energy}, l {other}: {float(gap.mean()):.3f} +- {se:.3f}"
+        )
+
+
+@pytest.mark.parametrize("energy", ENERGIES)
+def test_the_exact_twist_reaches_the_optimum_with_short_steps(energy):
+    """Its gap is small at 40 steps; its path KL exceeds the optimum in proportion to the step and is met in the limit:
+    extrapolated from 60 and 120 steps."""
+    level, kls = LEVELS[energy], []
+    for steps in (60, 120):
+        x, _, kl, prior = run_guided("exact", ENERGIES[energy], 1.0, 800, steps)
+        gap = kl + ENERGIES[energy](x @ torch.tensor(W[0], dtype=torch.float64), level)
+        gap, se = gap + float(prior.log_z(W[0], 1.0, ENERGIES[energy], level)), float(gap.std()) / 800**0.5
+        assert abs(gap.mean()) < 4 * se + 0.02, (
+            f"{energy}, {steps} steps: gap {float(gap.mean()):.3f} +- {se:.3f}"
+        )
+        kls.append(kl)
+    limit, optimum = 2 * kls[1] - kls[0], prior.kl(W[0], 1.0, ENERGIES[energy], level)
+    se = float(limit.std()) / 800**0.5
+    assert abs(limit.mean() - optimum) < 4 * se + 0.02 * optimum, (
+        f"{energy}: path KL {kls[0].mean():.3f}, {kls[1].mean():.3f} -> {limit.mean():.3f} +- {se:.3f}, optimum {optimum:.3f}"
+    )
 
 
 # --- noise -------------------------------------------------------------------------------

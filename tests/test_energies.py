@@ -1,5 +1,5 @@
 """Laws of the energies: log_tilt is log E[exp(-s E)], the force is zero where the constraint is met, levels mean what
-they say."""
+they say, and the natural reference that they are measured by."""
 
 import math
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiltlens.energies import Linear, Target, Threshold, parse_level
-from tiltlens.units import Projection
+from tiltlens.units import Combination, Projection
 from tiltlens.units.calibration import Natural
 
 ENERGIES = {
@@ -19,6 +19,13 @@ ENERGIES = {
     "threshold": Threshold(0.0),
 }
 each = pytest.mark.parametrize("name", ENERGIES)
+
+
+A, B = Projection([1.0, -0.5]), Projection([0.3, 0.8])
+
+
+def standard_normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def double(x) -> torch.Tensor:
@@ -52,7 +59,7 @@ def test_without_variance_log_tilt_is_minus_s_e(name):
     z, level = torch.linspace(-5, 5, 101, dtype=torch.float64), double(0.7)
     for s in (0.0, 0.3, 5.0):
         found = energy.log_tilt(z, 0.0, double(s), level)
-        torch.testing.assert_close(found, -s * energy(z, level), atol=2e-6, rtol=1e-9, msg=lambda m: f"{name}, s {s}: {m}")
+        torch.testing.assert_close(found, -s * energy(z, level), atol=2e-6, rtol=1e-9)
 
 
 @each
@@ -67,7 +74,9 @@ def test_the_force_is_finite_and_at_no_variance_that_of_the_energy(name, dtype, 
     assert torch.isfinite(force).all(), f"{name}, {dtype}, V {v}: {force}"
     if v == 0:
         (expected,) = torch.autograd.grad((-s * energy(m, 0.0)).sum(), m)
-        torch.testing.assert_close(force, expected, atol=1e-5, rtol=1e-5, msg=lambda e: f"{name}, {dtype}: {e}")
+        torch.testing.assert_close(
+            force, expected, atol=1e-5, rtol=1e-5, msg=lambda e: f"{name}, {dtype}: {e}"
+        )
 
 
 @each
@@ -91,7 +100,9 @@ def test_no_force_where_the_constraint_is_met():
     (force,) = torch.autograd.grad(Threshold(1.0)(z, 1.0).sum(), z)
     assert force.abs().max() == 0
     assert float(Target(1.0)(double(1.0), 1.0)) == 0
-    assert float(Target(0.0, width=0.5)(double(0.5))) == pytest.approx(0.5), "one width off costs half a nat at s = 1"
+    assert float(Target(0.0, width=0.5)(double(0.5))) == pytest.approx(0.5), (
+        "one width off costs half a nat at s = 1"
+    )
 
 
 # --- levels ------------------------------------------------------------------------------
@@ -136,12 +147,18 @@ def test_a_width_is_positive(width):
 def test_a_level_is_the_same_activation_however_it_is_written(kind):
     """a number is a raw activation; z counts natural deviations; q is a natural quantile. Energy reads z or a."""
     g = torch.Generator().manual_seed(1)
-    natural = Natural.from_members(Projection([1.0]), 4 + 3 * torch.randn(2001, 1, dtype=torch.float64, generator=g))
+    natural = Natural.from_members(
+        Projection([1.0]), 4 + 3 * torch.randn(2001, 1, dtype=torch.float64, generator=g)
+    )
     median = float(natural.activations[1000])
     for level, a in [(10.0, 10.0), ("10", 10.0), ("z=2", natural.mean + 2 * natural.std), ("q0.5", median)]:
         z = (a - natural.mean) / natural.std
-        assert kind(level).resolve_level(natural) == pytest.approx(z, abs=1e-12), f"{kind.__name__}({level!r})"
-        assert kind(level, standardise=False).resolve_level(natural) == pytest.approx(a, abs=1e-12), f"{level!r} raw"
+        assert kind(level).resolve_level(natural) == pytest.approx(z, abs=1e-12), (
+            f"{kind.__name__}({level!r})"
+        )
+        assert kind(level, standardise=False).resolve_level(natural) == pytest.approx(a, abs=1e-12), (
+            f"{level!r} raw"
+        )
 
 
 def test_linear_has_no_level():
@@ -152,3 +169,50 @@ def test_linear_has_no_level():
 def test_a_quantile_needs_a_reference():
     with pytest.raises(ValueError, match="natural"):
         Threshold("q0.9").resolve_level(Natural.identity(Projection([1.0])))
+
+
+# --- what is natural ---------------------------------------------------------------------
+
+
+def test_a_simple_unit_keeps_its_raw_activation():
+    members = 5 + 3 * standard_normal(500, 1)
+    natural = Natural.from_members(A, members)
+    assert (natural.member_mean.tolist(), natural.member_std.tolist()) == ([0.0], [1.0])
+    assert natural.mean == pytest.approx(float(members.mean()))
+    assert natural.std == pytest.approx(float(members.std()))
+    assert torch.equal(natural.activations, members[:, 0].sort().values)
+
+
+@pytest.mark.parametrize("rule", ["sum", "versus", "and-not"])
+def test_a_combination_has_standardised_members(rule):
+    """Scale and offset of a member say nothing."""
+    unit, members = Combination([A, B], rule=rule), standard_normal(500, 2)
+    plain = Natural.from_members(unit, members)
+    moved = Natural.from_members(unit, members * torch.tensor([40.0, 0.01]) + torch.tensor([-7.0, 3.0]))
+    torch.testing.assert_close(moved.activations, plain.activations, msg=lambda e: f"{rule}: {e}")
+    torch.testing.assert_close(plain.member_std, members.std(0))
+
+
+def test_quantiles_rise_and_reach_beyond_the_reference():
+    """Inside the reference its own; beyond 1 - 1/P a Gaussian tail where that lies further out."""
+    natural = Natural.from_members(A, standard_normal(200, 1))
+    a = natural.activations
+    assert natural.quantile(0.5) == pytest.approx(float(a.median() + a[100]) / 2, abs=1e-9)
+    q = [1e-6, 1e-4, 0.004, 0.006, 0.1, 0.5, 0.9, 0.994, 0.996, 0.9999, 1 - 1e-6]
+    values = [natural.quantile(x) for x in q]
+    assert values == sorted(values), f"quantiles fall: {values}"
+    assert values[-1] == pytest.approx(natural.mean + natural.std * 4.7534, rel=1e-4)
+    assert values[-1] > float(a[-1]) > 0 > float(a[0]) > values[0]
+    heavy = Natural.from_members(A, torch.cat([standard_normal(199, 1), torch.tensor([[1e3]]).double()]))
+    assert heavy.quantile(0.9999) >= float(torch.quantile(heavy.activations, 0.9999)), (
+        "a tail inside the reference"
+    )
+
+
+def test_a_dead_unit_is_refused():
+    half_dead = torch.cat([standard_normal(50, 1), torch.ones(50, 1)], 1)
+    for unit, members in [(A, torch.full((50, 1), 2.0)), (Combination([A, B]), half_dead)]:
+        with pytest.raises(ValueError, match="dead"):
+            Natural.from_members(unit, members)
+    with pytest.raises(ValueError, match="finite"):
+        Natural.from_members(A, torch.full((50, 1), float("nan")))

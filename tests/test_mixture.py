@@ -12,7 +12,11 @@ LEVELS = {"linear": 0.0, "target": 1.0, "threshold": 1.5}
 each_energy = pytest.mark.parametrize("name", ENERGIES)
 MIXTURES = {
     "one component": ([1.0], [[0.5, -1.0, 2.0]], [0.3]),
-    "three components": ([0.5, 0.3, 0.2], [[-1.0, 0.2, 0.0], [0.6, 0.4, -0.3], [1.0, -1.0, 0.8]], [0.2, 0.05, 0.5]),
+    "three components": (
+        [0.5, 0.3, 0.2],
+        [[-1.0, 0.2, 0.0], [0.6, 0.4, -0.3], [1.0, -1.0, 0.8]],
+        [0.2, 0.05, 0.5],
+    ),
 }
 LINE = ([0.6, 0.4], [[-0.8], [1.1]], [0.3, 0.15])  # one dimension: everything can be integrated
 
@@ -51,7 +55,7 @@ def test_the_clean_estimate_is_tweedie(kind):
         (score,) = torch.autograd.grad(log_density(prior, x, alpha, sigma).sum(), x)
         expected = (x + sigma**2 * score) / alpha
         found = prior.denoiser(x, t)
-        torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-7, msg=lambda e: f"{kind}, t {t}: {e}")
+        torch.testing.assert_close(found, expected, atol=1e-7, rtol=1e-7)
 
 
 @pytest.mark.parametrize("kind", MIXTURES)
@@ -71,7 +75,7 @@ def test_the_correction_is_half_c_times_c_score_plus_div_c(kind):
             score = (alpha * mean(x) - x) / sigma**2
             expected = mean(x) - 0.4 * (covariance @ score + divergence)
             found = corrected(x[None], t)[0]
-            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6, msg=lambda e: f"{kind}, t {t}: {e}")
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(exact.for_steps({})(normal(2, 3), t), exact(normal(2, 3), t))
 
 
@@ -96,7 +100,9 @@ def test_the_corrected_chain_has_the_variance_of_the_mixture(eta, variance):
     prior = GaussianMixture([1.0], [[0.7]], [variance])
     mean, found = chain_law(prior, eta, 100, "index", corrected=True)
     _, plain = chain_law(prior, eta, 100, "index", corrected=False)
-    where = f"eta {eta}, v {variance}: corrected {found / variance - 1:+.4f}, plain {plain / variance - 1:+.4f}"
+    where = (
+        f"eta {eta}, v {variance}: corrected {found / variance - 1:+.4f}, plain {plain / variance - 1:+.4f}"
+    )
     assert abs(found / variance - 1) < 1e-2, where
     assert plain / variance - 1 < -2e-2, where
     assert abs(mean - 0.7) < 1e-2 * variance**0.5, f"{where}; mean {mean}"
@@ -110,7 +116,9 @@ def test_the_error_of_the_corrected_chain_is_second_order(eta, spacing):
     end = torch.zeros(1, 1, dtype=torch.float64), 0
     variance = 0.6 - float(prior.denoiser.posterior(*end)[2])
     errors = [abs(chain_law(prior, eta, n, spacing, True)[1] / variance - 1) for n in (40, 160)]
-    assert errors[1] < errors[0] / 8, f"four times the steps: {errors[0]:.2e} -> {errors[1]:.2e}, expected about 1/16"
+    assert errors[1] < errors[0] / 8, (
+        f"four times the steps: {errors[0]:.2e} -> {errors[1]:.2e}, expected about 1/16"
+    )
 
 
 # --- closed forms of the tilt ------------------------------------------------------------
@@ -120,7 +128,10 @@ def test_the_error_of_the_corrected_chain_is_second_order(eta, spacing):
 @pytest.mark.parametrize("s", [0.0, 0.5, 3.0])
 def test_the_tilted_mixture_is_the_tilt(kind, s):
     """log q_s(x) = log p(x) + s <w, x> - log Z at every x."""
-    prior, w = GaussianMixture(*MIXTURES[kind], points=50), torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
+    prior, w = (
+        GaussianMixture(*MIXTURES[kind], points=50),
+        torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64),
+    )
     x = 2 * normal(50, 3)
     expected = log_density(prior, x) + s * x @ w - prior.log_z(w, s)
     torch.testing.assert_close(log_density(prior.tilt(w, s), x), expected, atol=1e-9, rtol=1e-9)
@@ -128,12 +139,17 @@ def test_the_tilted_mixture_is_the_tilt(kind, s):
 
 def test_a_strong_tilt_leaves_the_components_that_it_reaches():
     """Weights that underflow are absent, not an error."""
-    far = GaussianMixture([0.5, 0.5], [[-50.0], [50.0]], [1.0, 1.0], points=50).tilt(torch.tensor([1.0]), 20.0)
+    far = GaussianMixture([0.5, 0.5], [[-50.0], [50.0]], [1.0, 1.0], points=50).tilt(
+        torch.tensor([1.0]), 20.0
+    )
     assert float(far.weights @ far.denoiser.means[:, 0]) == pytest.approx(70.0)
 
 
 def test_reweighted_exact_samples_agree_with_the_tilt():
-    prior, w = GaussianMixture(*MIXTURES["three components"], points=50), torch.tensor([1.0, -0.5, 0.3]).double()
+    prior, w = (
+        GaussianMixture(*MIXTURES["three components"], points=50),
+        torch.tensor([1.0, -0.5, 0.3]).double(),
+    )
     x, tilted = prior.sample(40_000, torch.Generator().manual_seed(0)), prior.tilt(w, 0.8)
     weight = torch.exp(0.8 * x @ w - prior.log_z(w, 0.8))
     expected = tilted.weights @ tilted.denoiser.means
@@ -157,19 +173,30 @@ def test_log_z_mean_energy_and_kl_are_the_integrals(name, s):
     assert prior.mean_energy(*arguments) == pytest.approx(mean, abs=1e-6)
     assert prior.kl(*arguments) == pytest.approx(kl, abs=1e-6)
     h, variance = 1e-3, float((q * (e - mean) ** 2).sum())
-    slope = (prior.mean_energy(*arguments[:1], s + h, energy, level) - prior.mean_energy(*arguments[:1], s - h, energy, level)) / (2 * h)
+    slope = (
+        prior.mean_energy(*arguments[:1], s + h, energy, level)
+        - prior.mean_energy(*arguments[:1], s - h, energy, level)
+    ) / (2 * h)
     assert slope == pytest.approx(-variance, rel=1e-4), f"{name}: dm/ds {slope}, -Var {-variance}"
 
 
 @each_energy
 def test_log_z_and_mean_energy_agree_with_monte_carlo(name):
     """In three dimensions, from exact samples: Z = E_p[exp(-s E)], m = E_p[E exp(-s E)] / Z."""
-    prior, energy, level, s = GaussianMixture(*MIXTURES["three components"], points=50), ENERGIES[name], LEVELS[name], 0.6
+    prior, energy, level, s = (
+        GaussianMixture(*MIXTURES["three components"], points=50),
+        ENERGIES[name],
+        LEVELS[name],
+        0.6,
+    )
     w = torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
     x = prior.sample(40_000, torch.Generator().manual_seed(3))
     e = energy(x @ w, level)
     weight = torch.exp(-s * e - prior.log_z(w, s, energy, level))
-    for what, terms in [("Z", weight - 1), ("mean energy", weight * (e - prior.mean_energy(w, s, energy, level)))]:
+    for what, terms in [
+        ("Z", weight - 1),
+        ("mean energy", weight * (e - prior.mean_energy(w, s, energy, level))),
+    ]:
         z = float(terms.mean() / (terms.std() / len(x) ** 0.5))
         assert abs(z) < 4.5, f"{name}, {what}: {z:.1f} standard errors off"
 
@@ -177,10 +204,17 @@ def test_log_z_and_mean_energy_agree_with_monte_carlo(name):
 @each_energy
 def test_levels_keep_their_digits(name):
     """A level that float32 cannot hold: log Z by the definition, term by term."""
-    prior, w, s, level = GaussianMixture(*LINE, points=50), torch.tensor([1.3]).double(), torch.tensor(5.0).double(), 1.1
+    prior, w, s, level = (
+        GaussianMixture(*LINE, points=50),
+        torch.tensor([1.3]).double(),
+        torch.tensor(5.0).double(),
+        1.1,
+    )
     m, v = prior.denoiser.means @ w, prior.denoiser.variances * (w @ w)
     terms = prior.weights.log() + ENERGIES[name].log_tilt(m, v, s, torch.tensor(level, dtype=torch.float64))
-    assert float(prior.log_z(w, 5.0, ENERGIES[name], level)) == pytest.approx(float(terms.logsumexp(0)), abs=1e-13)
+    assert float(prior.log_z(w, 5.0, ENERGIES[name], level)) == pytest.approx(
+        float(terms.logsumexp(0)), abs=1e-13
+    )
 
 
 @each_energy
@@ -197,7 +231,9 @@ def test_the_exact_twist_is_a_martingale(name):
         found = torch.logsumexp(log_density(prior, x, alpha, sigma) + log_psi, 0) + (x[1, 0] - x[0, 0]).log()
         assert float(found) == pytest.approx(log_z, abs=1e-5), f"{name}, t {t}"
     near = prior.sample(20, torch.Generator().manual_seed(0))
-    log_psi = prior.log_psi(prior.denoiser.posterior(near, 0), w.expand(20, 1), energy, rows[0][:20], rows[1][:20])
+    log_psi = prior.log_psi(
+        prior.denoiser.posterior(near, 0), w.expand(20, 1), energy, rows[0][:20], rows[1][:20]
+    )
     torch.testing.assert_close(log_psi, -s * energy(near @ w, LEVELS[name]), atol=0.02, rtol=0.02)
 
 

@@ -1,18 +1,26 @@
-"""Laws of the pilot and of what is natural: slopes are regressions, a pilot is named by nothing but itself."""
+"""Laws of the pilot: slopes are regressions, a pilot is named by nothing but itself, and what Calibrated makes of it."""
+
+import math
 
 import pytest
 import torch
 
-from tiltlens.energies import Linear
-from tiltlens.guidance import DPS
+from tiltlens.constraint import Constraint
+from tiltlens.denoiser import Denoiser
+from tiltlens.energies import Linear, Target
+from tiltlens.guidance import DPS, Calibrated
+from tiltlens.guidance.guidance import PilotTables, Step
 from tiltlens.priors import GaussianMixture
 from tiltlens.sampling.noise import Noise
 from tiltlens.sampling.pilot import UnitPilot, regression, run_pilot, tables
 from tiltlens.sampling.sampler import Sampler
+from tiltlens.schedule import Schedule
 from tiltlens.units import Combination, Projection, UnitBank
 from tiltlens.units.calibration import Natural
 
 PLANE = ([0.6, 0.4], [[-0.6, 0.2], [0.8, 0.5]], [0.5, 0.3])
+SCHEDULE = Schedule.from_log_snr(torch.tensor([2.0, -1.0, -4.0]))
+FACTOR = float(SCHEDULE.sigma[1] ** 2 / SCHEDULE.alpha[1])
 A, B = Projection([1.0, -0.5]), Projection([0.3, 0.8])
 
 
@@ -60,7 +68,9 @@ def test_a_slope_that_is_not_there_is_zero():
         slope, _, residual = regression(normal(1, 64, seed=2 * seed).expand(3, 64).clone(), a)
         kept.append(float(slope[0]))
         if slope[0] == 0:
-            assert residual[0] == pytest.approx(float((a - a.mean()).square().sum() / 62)), "unread: all of a's variance"
+            assert residual[0] == pytest.approx(float((a - a.mean()).square().sum() / 62)), (
+                "unread: all of a's variance"
+            )
     kept = torch.tensor(kept)
     share = float((kept > 0).double().mean())
     assert share < 0.06, f"{share:.3f} of independent units are guided"
@@ -83,7 +93,9 @@ def test_a_slope_is_shrunk_by_its_own_error():
         plain = (uc * ac).sum() / uc.square().sum()
         error = ((ac - plain * uc).square().sum() / (count - 2) / uc.square().sum()).sqrt()
         found = regression(u, a)[0][0]
-        assert found == pytest.approx(float(plain * (1 - (error / plain) ** 2)), rel=1e-9), f"{count} trajectories"
+        assert found == pytest.approx(float(plain * (1 - (error / plain) ** 2)), rel=1e-9), (
+            f"{count} trajectories"
+        )
         ratios.append(float(found / plain))
     assert ratios[0] < ratios[1] < ratios[2] < 1
 
@@ -126,7 +138,9 @@ def test_a_pilot_is_a_run_of_unguided_samples_with_noise_of_its_own():
     assert seen == [(i, 20) for i in range(1, 21)]
     for stream in ("start", "step"):
         pair = [Noise([3], (5000,), domain=d).draw(stream)[0] for d in ("pilot", "sample")]
-        assert abs(float(torch.corrcoef(torch.stack(pair))[0, 1])) < 4.5 / 5000**0.5, f"{stream} noise is shared"
+        assert abs(float(torch.corrcoef(torch.stack(pair))[0, 1])) < 4.5 / 5000**0.5, (
+            f"{stream} noise is shared"
+        )
 
 
 def test_a_saved_pilot_comes_back(tmp_path):
@@ -148,7 +162,9 @@ def test_slopes_of_the_analytic_prior_grow_from_nothing_to_one():
         found = tables(pilots, bank, naturals, made.chain, standardise)
         slope, residual = found.slope[0], found.residual_variance[0]
         read = slope > 0
-        assert read[8:].all(), f"standardise {standardise}: steps that can be read have no slope: {slope.tolist()}"
+        assert read[8:].all(), (
+            f"standardise {standardise}: steps that can be read have no slope: {slope.tolist()}"
+        )
         se = (residual / pilots[0].path[..., 0].var(1) / 512).sqrt() * (naturals[0].std if standardise else 1)
         off = ((slope - 1).abs() / (4 * se + 0.02))[8:].max()
         assert off < 1, f"standardise {standardise}: slopes {slope.tolist()}"
@@ -170,45 +186,72 @@ def test_broken_trajectories_are_left_out():
     torch.testing.assert_close(found.residual_variance, expected.residual_variance)
 
 
-# --- what is natural ---------------------------------------------------------------------
+# --- what Calibrated makes of it ----------------------------------------------------------
 
 
-def test_a_simple_unit_keeps_its_raw_activation():
-    members = 5 + 3 * normal(500, 1)
-    natural = Natural.from_members(A, members)
-    assert (natural.member_mean.tolist(), natural.member_std.tolist()) == ([0.0], [1.0])
-    assert natural.mean == pytest.approx(float(members.mean()))
-    assert natural.std == pytest.approx(float(members.std()))
-    assert torch.equal(natural.activations, members[:, 0].sort().values)
+class Identity(Denoiser):
+    """x0_hat = x_t: what is pulled back is what was remembered."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.schedule = tuple(shape), SCHEDULE
+
+    def forward(self, x_t, t):
+        return x_t.clone()
 
 
-@pytest.mark.parametrize("rule", ["sum", "versus", "and-not"])
-def test_a_combination_has_standardised_members(rule):
-    """Scale and offset of a member say nothing."""
-    unit, members = Combination([A, B], rule=rule), normal(500, 2)
-    plain = Natural.from_members(unit, members)
-    moved = Natural.from_members(unit, members * torch.tensor([40.0, 0.01]) + torch.tensor([-7.0, 3.0]))
-    torch.testing.assert_close(moved.activations, plain.activations, msg=lambda e: f"{rule}: {e}")
-    torch.testing.assert_close(plain.member_std, members.std(0))
+def by_hand(slopes) -> PilotTables:
+    """One unit; the steps are one apart in log-SNR, the residual variance is zero."""
+    table = torch.as_tensor(slopes).double()[None]
+    return PilotTables(table, 0 * table, 0 * table, torch.arange(table.shape[1]).double())
 
 
-def test_quantiles_rise_and_reach_beyond_the_reference():
-    """Inside the reference its own; beyond 1 - 1/P a Gaussian tail where that lies further out."""
-    natural = Natural.from_members(A, normal(200, 1))
-    a = natural.activations
-    assert natural.quantile(0.5) == pytest.approx(float(a.median() + a[100]) / 2, abs=1e-9)
-    q = [1e-6, 1e-4, 0.004, 0.006, 0.1, 0.5, 0.9, 0.994, 0.996, 0.9999, 1 - 1e-6]
-    values = [natural.quantile(x) for x in q]
-    assert values == sorted(values), f"quantiles fall: {values}"
-    assert values[-1] == pytest.approx(natural.mean + natural.std * 4.7534, rel=1e-4)
-    assert values[-1] > float(a[-1]) > 0 > float(a[0]) > values[0]
-    heavy = Natural.from_members(A, torch.cat([normal(199, 1), torch.tensor([[1e3]]).double()]))
-    assert heavy.quantile(0.9999) >= float(torch.quantile(heavy.activations, 0.9999)), "a tail inside the reference"
+def steered(energy, unit, count):
+    """`count` rows of a raw unit, strength 1.5."""
+    units = Constraint(UnitBank([unit]), energy, [Natural.identity(unit)], lambda x: x)
+    return units.rows(torch.zeros(count, dtype=torch.long), torch.full((count,), 1.5, dtype=torch.float64))
 
 
-def test_a_dead_unit_is_refused():
-    for unit, members in [(A, torch.full((50, 1), 2.0)), (Combination([A, B]), torch.cat([normal(50, 1), torch.ones(50, 1)], 1))]:
-        with pytest.raises(ValueError, match="dead"):
-            Natural.from_members(unit, members)
-    with pytest.raises(ValueError, match="finite"):
-        Natural.from_members(A, torch.full((50, 1), float("nan")))
+@pytest.mark.parametrize("memory", [0.0, 0.5, 4.0])
+def test_memory_is_a_running_average_without_bias(memory):
+    """h_k = sum_j (1 - b) b^(k-j) grad_j / (1 - b^k), b = exp(-1/memory), from the first slope that is not zero."""
+    energy, slopes = Target(1.0, 0.7, False), torch.tensor([0, 0, 0.2, 0.5, 0.8, 1, 1, 1, 1, 1]).double()
+    guidance, rows = Calibrated(memory), steered(energy, A, 3)
+    guidance.prepare(by_hand(slopes), None, None)
+    w, b, gradients = torch.tensor(A.direction).double(), math.exp(-1 / memory) if memory else 0.0, []
+    held = guidance.start(normal(3, 2))
+    for number in range(len(slopes)):
+        x = normal(3, 2, seed=number)
+        out = guidance(Identity((2,)), x, Step(number, 1, SCHEDULE, False, None), rows, held)
+        held = out.memory
+        if slopes[number] == 0:
+            assert out.shift is None, f"step {number} has slope zero and was guided"
+            continue
+        # the force of the twist is at the regressed mean, slope * u
+        u = slopes[number] * (x @ w)
+        gradients.append(-1.5 * (u - 1.0)[:, None] / 0.49 * w)
+        k = len(gradients)
+        weights = torch.tensor(
+            [(1 - b) * b ** (k - 1 - j) / (1 - b**k) for j in range(k)], dtype=torch.float64
+        )
+        expected = slopes[number] * FACTOR * (weights[:, None, None] * torch.stack(gradients)).sum(0)
+        torch.testing.assert_close(out.shift, expected, msg=lambda e: f"memory {memory}, step {number}: {e}")  # noqa: B023
+
+
+def test_smoothing_averages_the_gradient_over_views():
+    """Two views: the image and its mirror image; of a linear unit the mean of w and the mirrored w."""
+    w = normal(3 * 8 * 8).reshape(3, 8, 8)
+    images = normal(2, 3, 8, 8, seed=1)
+    guidance, rows = Calibrated(0, smoothing=2), steered(Linear(False), Projection(w.flatten().tolist()), 2)
+    guidance.prepare(by_hand(torch.ones(3)), None, None)
+    out = guidance(Identity(w.shape), images, Step(0, 1, SCHEDULE, False, None), rows, guidance.start(images))
+    torch.testing.assert_close(out.shift, (1.5 * FACTOR * (w + w.flip(-1)) / 2).expand(2, 3, 8, 8))
+
+
+def test_where_alpha_is_zero_nothing_is_guided():
+    """sigma^2/alpha has no meaning there."""
+    pure = Schedule(torch.tensor([0.9, 0.5, 0.0]), torch.tensor([0.1, 0.5, 1.0]), torch.arange(3))
+    out = DPS()(
+        Identity((2,)), normal(1, 2), Step(0, 2, pure, False, None), steered(Linear(False), A, 1), None
+    )
+    assert out.shift is None

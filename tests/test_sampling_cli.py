@@ -17,7 +17,13 @@ from tiltlens.run_folder import RunFolder
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "sample"
 ANALYTIC = f"--config={CONFIGS / 'analytic.yaml'}"
-TINY = ["--model.steps=6", "--data.n=4", "--data.batch_size=8", "--trainer.accelerator=cpu", "--trainer.logger=false"]
+TINY = [
+    "--model.steps=6",
+    "--data.n=4",
+    "--data.batch_size=8",
+    "--trainer.accelerator=cpu",
+    "--trainer.logger=false",
+]
 MIXTURE = [ANALYTIC, *TINY, "--model.prior.init_args.points=60", "--data.strengths=[0,1]"]
 LITE0 = [f"--config={CONFIGS / 'timm-local.yaml'}", *TINY, "--model.unit.weights=random:1"]
 VIT = {"encoder": "vit_tiny_patch16_224", "weights": "random:1"}
@@ -42,10 +48,14 @@ def test_a_unit_is_given_as_string_keys_list_or_class():
     assert units("--model.unit.encoder=bundled", "--model.unit.unit=class=cat") == ["bundled,class=cat"]
     assert units(*LITE0) == ["tf_efficientnet_lite0,weights=random:1,class=sorrel"]
     keys = {**VIT, "layer": "blocks.3", "tokens": "cls", "unit": 5}
-    assert units(f"--model.unit={json.dumps(keys)}") == ["vit_tiny_patch16_224,weights=random:1,layer=blocks.3,tokens=cls,channel=5"]
+    assert units(f"--model.unit={json.dumps(keys)}") == [
+        "vit_tiny_patch16_224,weights=random:1,layer=blocks.3,tokens=cls,channel=5"
+    ]
     both = ["bundled,class=cat", {"encoder": "bundled", "class": "dog"}]
     assert units(f"--model.unit={json.dumps(both)}") == ["bundled,class=cat", "bundled,class=dog"]
-    assert units("--model.unit=bundled,class=cat and not bundled,class=dog") == ["bundled,class=cat and not bundled,class=dog"]
+    assert units("--model.unit=bundled,class=cat and not bundled,class=dog") == [
+        "bundled,class=cat and not bundled,class=dog"
+    ]
     projection = {"class_path": "tiltlens.units.Projection", "init_args": {"direction": [1, 2]}}
     assert units(f"--model.unit={json.dumps(projection)}") == ["projection[1,2]"]
     single = ["layer=blocks.3", "tokens=patch", "reduction=max", "unit=channel=7"]
@@ -214,7 +224,17 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path, capsys, mon
 @pytest.mark.parametrize("family", ["edm", "flow"])
 def test_priors_of_other_families_sample_through_the_same_command(tmp_path, family):
     write_pixel(tmp_path / "prior", {"edm": edm, "flow": flow}[family]())
-    main([*LITE0, f"--model.prior={tmp_path / 'prior'}", "--data.n=2", "--model.pilot=8", "--data.strengths=[0,1]", f"--out={tmp_path / 'out'}"])
+    main(
+        [
+            *LITE0,
+            f"--model.prior={tmp_path / 'prior'}",
+            "--data.n=2",
+            "--model.steps=3",
+            "--model.pilot=8",
+            "--data.strengths=[0,1]",
+            f"--out={tmp_path / 'out'}",
+        ]
+    )
     folder = RunFolder(tmp_path / "out")
     assert folder.read_manifest()["prior"]["family"] == family
     assert folder.samples()["finite"].to_pylist() == [True] * 4

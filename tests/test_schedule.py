@@ -41,7 +41,7 @@ def test_a_chain_has_the_asked_length_and_falls_strictly(table, data, spacing):
     indices = step_indices(table, steps, spacing)
     assert len(indices) == steps, f"{spacing}: asked for {steps} steps, got {indices}"
     assert all(a > b for a, b in zip(indices, indices[1:])), f"{spacing}: not falling: {indices}"
-    assert len(table) > indices[0] and indices[-1] >= 0, f"{spacing}: outside the table: {indices}"
+    assert 0 <= indices[-1] <= indices[0] < len(table), f"{spacing}: outside the table: {indices}"
     check_steps(table, indices)
     if spacing == "index":
         assert indices[0] == len(table) - 1, f"index: begins at {indices[0]} of {len(table)}"
@@ -82,7 +82,9 @@ def test_eta_one_is_the_posterior_and_eta_zero_has_no_noise(family):
         precision = 1 / s_r**2 + (a_t / a_r) ** 2 / forward
         c = step_coefficients(table, t, r, 1.0)
         assert c.v**2 == pytest.approx(1 / precision, rel=1e-9), f"{family} {t} -> {r}: variance"
-        assert c.x == pytest.approx(a_t / a_r / forward / precision, rel=1e-9, abs=1e-15), f"{family} {t} -> {r}: x_t"
+        assert c.x == pytest.approx(a_t / a_r / forward / precision, rel=1e-9, abs=1e-15), (
+            f"{family} {t} -> {r}: x_t"
+        )
         assert c.x0 == pytest.approx(a_r / s_r**2 / precision, rel=1e-9), f"{family} {t} -> {r}: x0"
         assert step_coefficients(table, t, r, 0.0).v == 0.0
         assert step_coefficients(table, t, r, 0.25).v == pytest.approx(c.v / 4, rel=1e-12)
@@ -140,7 +142,11 @@ def test_a_table_that_is_no_schedule_is_refused(alpha, sigma, message):
 
 def test_steps_that_are_no_chain_are_refused():
     table = Schedule.from_log_snr(torch.linspace(5, -5, 10))
-    for steps, spacing, message in [(0, "log-snr", "1 to 10"), (11, "index", "1 to 10"), (5, "karras", "spacing")]:
+    for steps, spacing, message in [
+        (0, "log-snr", "1 to 10"),
+        (11, "index", "1 to 10"),
+        (5, "karras", "spacing"),
+    ]:
         with pytest.raises(ValueError, match=message):
             step_indices(table, steps, spacing)
     for indices in ([], [3, 3, 1], [1, 2], [10, 4], [4, -1]):

@@ -1,8 +1,8 @@
 """The notebook's face: one call that samples a unit's tilted law and hands back curve, images and report.
 
-    >>> from tiltlens import tilt
-    >>> result = tilt("bundled", "bundled,class=horse", strengths=[0, 1, 5, 20], n=16)   # doctest: +SKIP
-    >>> result.curve[1]["kl"], result.images[20.0].shape, result.report()                # doctest: +SKIP
+>>> from tiltlens import tilt
+>>> result = tilt("bundled", "bundled,class=horse", strengths=[0, 1, 5, 20], n=16)   # doctest: +SKIP
+>>> result.curve[1]["kl"], result.images[20.0].shape, result.report()                # doctest: +SKIP
 """
 
 import logging

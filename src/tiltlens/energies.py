@@ -65,7 +65,9 @@ class Energy:
         """z (B,), level a number or (B,) -> E (B,)."""
         raise NotImplementedError
 
-    def log_tilt(self, mean: Tensor, variance: Tensor | float, strength: Tensor, level: Tensor | float = 0.0) -> Tensor:
+    def log_tilt(
+        self, mean: Tensor, variance: Tensor | float, strength: Tensor, level: Tensor | float = 0.0
+    ) -> Tensor:
         """log E[exp(-s E(z))] for z ~ N(mean, variance), all (B,). Closed form in every subclass."""
         raise NotImplementedError
 
@@ -79,7 +81,9 @@ class Linear(Energy):
     def __call__(self, z: Tensor, level: Tensor | float = 0.0) -> Tensor:
         return -z
 
-    def log_tilt(self, mean: Tensor, variance: Tensor | float, strength: Tensor, level: Tensor | float = 0.0) -> Tensor:
+    def log_tilt(
+        self, mean: Tensor, variance: Tensor | float, strength: Tensor, level: Tensor | float = 0.0
+    ) -> Tensor:
         return strength * mean + strength**2 * variance / 2
 
 
@@ -99,7 +103,9 @@ class Target(Energy):
     def __call__(self, z: Tensor, level: Tensor | float = 0.0) -> Tensor:
         return (z - level) ** 2 / (2 * self.width**2)
 
-    def log_tilt(self, mean: Tensor, variance: Tensor | float, strength: Tensor, level: Tensor | float = 0.0) -> Tensor:
+    def log_tilt(
+        self, mean: Tensor, variance: Tensor | float, strength: Tensor, level: Tensor | float = 0.0
+    ) -> Tensor:
         c = strength / self.width**2
         spread = 1 + c * variance
         return -((mean - level) ** 2) * c / (2 * spread) - _log(spread, mean) / 2
@@ -122,7 +128,9 @@ class Threshold(Energy):
     def __call__(self, z: Tensor, level: Tensor | float = 0.0) -> Tensor:
         return torch.relu(level - z) ** 2 / 2
 
-    def log_tilt(self, mean: Tensor, variance: Tensor | float, strength: Tensor, level: Tensor | float = 0.0) -> Tensor:
+    def log_tilt(
+        self, mean: Tensor, variance: Tensor | float, strength: Tensor, level: Tensor | float = 0.0
+    ) -> Tensor:
         variance = torch.as_tensor(variance, dtype=mean.dtype, device=mean.device).clamp_min(1e-12)
         spread = 1 + strength * variance
         gap = mean - level

@@ -73,7 +73,9 @@ class Schedule:
         """The variance-preserving table with these levels (T,), falling: alpha^2 = sigmoid(log-SNR)."""
         log_snr = torch.as_tensor(log_snr, dtype=torch.float64)
         time = torch.arange(len(log_snr), dtype=torch.float64)
-        return cls(torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt(), time, floor=float(log_snr[-1]))
+        return cls(
+            torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt(), time, floor=float(log_snr[-1])
+        )
 
 
 def step_indices(schedule: Schedule, steps: int, spacing: str = "log-snr") -> list[int]:

@@ -90,7 +90,13 @@ class Calibrated(Guidance):
     def _gap(self, number: int) -> float:
         """log-SNR gained since the step before."""
         levels = self._tables.log_snr
-        return float(levels[number] - levels[number - 1]) if number else float(levels[1] - levels[0]) if len(levels) > 1 else 1.0
+        return (
+            float(levels[number] - levels[number - 1])
+            if number
+            else float(levels[1] - levels[0])
+            if len(levels) > 1
+            else 1.0
+        )
 
 
 def _views(images: Tensor, count: int, number: int) -> Tensor:

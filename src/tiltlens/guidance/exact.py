@@ -29,13 +29,17 @@ class Exact(Guidance):
         self._directions = torch.tensor([list(u.direction) for u in units], dtype=torch.float64)
         self._mean, self._std = constraint.mean, constraint.std
 
-    def __call__(self, denoiser: Denoiser, x_t: Tensor, step: Step, rows: RowConstraint, memory: Any) -> Guided:
+    def __call__(
+        self, denoiser: Denoiser, x_t: Tensor, step: Step, rows: RowConstraint, memory: Any
+    ) -> Guided:
         if not self.active(step, rows):
             with torch.no_grad():
                 return Guided(clean_estimate(denoiser, x_t, step.t, step.clip), None, memory)
         which = rows.which.cpu()
         direction, level = self._directions[which].to(x_t), rows.level
-        if rows.energy.standardise:  # E reads (<w, x> - mean)/std: a Projection scaled by 1/std, its level shifted
+        if (
+            rows.energy.standardise
+        ):  # E reads (<w, x> - mean)/std: a Projection scaled by 1/std, its level shifted
             std, mean = self._std[which].to(x_t), self._mean[which].to(x_t)
             direction, level = direction / std[:, None], level + mean / std
         with torch.inference_mode(False), torch.enable_grad():

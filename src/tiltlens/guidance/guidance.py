@@ -84,9 +84,13 @@ class Guidance:
     def __init__(self, profile: list[float] | Profile | None = None):
         if isinstance(profile, (list, tuple)):
             if len(profile) != 2 or not 0 <= profile[0] < profile[1] <= 1:
-                raise ValueError(f"{type(self).__name__}: profile [t_lo, t_hi] needs 0 <= t_lo < t_hi <= 1, found {profile}")
+                raise ValueError(
+                    f"{type(self).__name__}: profile [t_lo, t_hi] needs 0 <= t_lo < t_hi <= 1, found {profile}"
+                )
         elif profile is not None and not callable(profile):
-            raise ValueError(f"{type(self).__name__}: profile must be None, [t_lo, t_hi] or a callable, found {profile!r}")
+            raise ValueError(
+                f"{type(self).__name__}: profile must be None, [t_lo, t_hi] or a callable, found {profile!r}"
+            )
         self.profile = profile
 
     def weight(self, step: Step) -> float:
@@ -110,7 +114,9 @@ class Guidance:
         """False where no row would be shifted: the step then costs one forward, with no graph."""
         return step.alpha > 1e-6 and self.weight(step) != 0 and bool((rows.strength > 0).any())
 
-    def __call__(self, denoiser: Denoiser, x_t: Tensor, step: Step, rows: RowConstraint, memory: Any) -> Guided:
+    def __call__(
+        self, denoiser: Denoiser, x_t: Tensor, step: Step, rows: RowConstraint, memory: Any
+    ) -> Guided:
         """One guided estimate; a single forward of the denoiser."""
         if not self.active(step, rows):
             with torch.no_grad():
@@ -137,7 +143,8 @@ class Guidance:
 
     def describe(self) -> dict:
         """Name and settings, for the manifest."""
-        plain = {k: v for k, v in vars(self).items() if isinstance(v, (int, float, str, list, type(None)))}
+        kept = (int, float, str, list, type(None))
+        plain = {k: v for k, v in vars(self).items() if not k.startswith("_") and isinstance(v, kept)}
         if callable(self.profile):
             plain["profile"] = getattr(self.profile, "__qualname__", repr(self.profile))
         return {"class": type(self).__name__, **plain}

@@ -22,7 +22,9 @@ class MPGD(Guidance):
             raise ValueError(f"MPGD needs sigma_data > 0, found {sigma_data}")
         self.sigma_data = sigma_data
 
-    def __call__(self, denoiser: Denoiser, x_t: Tensor, step: Step, rows: RowConstraint, memory: Any) -> Guided:
+    def __call__(
+        self, denoiser: Denoiser, x_t: Tensor, step: Step, rows: RowConstraint, memory: Any
+    ) -> Guided:
         with torch.no_grad():
             x0_hat = clean_estimate(denoiser, x_t, step.t, step.clip)
         if not self.active(step, rows):

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -79,7 +79,9 @@ UNKNOWN_KEY = re.compile(
     r"(?:unrecognized arguments: --|does not accept option '|Option '|ambiguous option: --)([\w.]+)"
 )
 AT_KEY = re.compile(r'Parser key "([\w.]+)"')
-WRONG_CLASS = re.compile(r"(?:dot import path string|Unexpected import path format): (\S+)|class_path '([^']+)'")
+WRONG_CLASS = re.compile(
+    r"(?:dot import path string|Unexpected import path format): (\S+)|class_path '([^']+)'"
+)
 
 
 def explain(message: str, known: list[str], families: dict[str, type] | None = None) -> str:
@@ -130,11 +132,13 @@ class CommandLine(LightningCLI):
     modules: by first part of a key, the classes whose constructor arguments are keys; families: as in `explain`.
     """
 
-    modules: dict[str, tuple[type, ...]] = {}
-    families: dict[str, type] = {}
+    modules: ClassVar[dict[str, tuple[type, ...]]] = {}
+    families: ClassVar[dict[str, type]] = {}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--out", type=Path | None, default=None, help="folder of the run; default runs/NAME")
+        parser.add_argument(
+            "--out", type=Path | None, default=None, help="folder of the run; default runs/NAME"
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
@@ -145,7 +149,12 @@ class CommandLine(LightningCLI):
     def known_keys(self, parser: LightningArgumentParser) -> list[str]:
         parsers = list(getattr(self, "_subcommand_parsers", {}).values()) or [parser]
         keys = list(parsers[0].get_defaults().keys())
-        keys += [f"{k}.{name}" for k, all_ in self.modules.items() for c in all_ for name in inspect.signature(c).parameters]
+        keys += [
+            f"{k}.{name}"
+            for k, all_ in self.modules.items()
+            for c in all_
+            for name in inspect.signature(c).parameters
+        ]
         return sorted(set(keys))
 
     @property

@@ -16,7 +16,9 @@ class PlanData(LightningDataModule):
     an image.
     """
 
-    def __init__(self, strengths: list[float] = (0.0, 1.0, 2.0, 4.0), n: int = 16, seed: int = 0, batch_size: int = 16):  # type: ignore[assignment]
+    def __init__(
+        self, strengths: list[float] = (0.0, 1.0, 2.0, 4.0), n: int = 16, seed: int = 0, batch_size: int = 16
+    ):  # type: ignore[assignment]
         super().__init__()
         self.strengths = check_strengths(list(strengths))
         for name, value in (("n", n), ("batch_size", batch_size)):
@@ -42,8 +44,11 @@ class PlanData(LightningDataModule):
         return out
 
     def predict_dataloader(self) -> Iterable[list[Row]]:
-        # an item is a whole batch, so that a distributed sampler deals out batches and never splits one
-        return DataLoader(_Batches(self.batches()), batch_size=None, collate_fn=_as_it_is)
+        # an item is a whole batch, so that a distributed sampler deals out batches and never splits one; every rank gets
+        # one, be it empty, for with none Lightning leaves out the hooks that finish the run
+        batches, ranks = self.batches(), self.trainer.world_size if self.trainer else 1
+        batches += [[] for _ in range(ranks - len(batches))]
+        return DataLoader(_Batches(batches), batch_size=None, collate_fn=_as_it_is)
 
 
 class _Batches(list):

@@ -7,7 +7,14 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 QUIET_SECONDS = 15.0  # without a terminal, a line this often
 GUIDED_COST = 4  # a guided step in unguided ones: two backward passes and the encoder
@@ -24,9 +31,13 @@ class SamplingProgress(Callback):
         if trainer.is_global_zero:
             pl_module.progress = self.report
 
-    def on_predict_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         if batch_idx == 0:
-            self._batches = list(trainer.predict_dataloaders.dataset)[trainer.global_rank :: trainer.world_size]
+            self._batches = list(trainer.predict_dataloaders.dataset)[
+                trainer.global_rank :: trainer.world_size
+            ]
         self._batch = batch_idx
 
     def report(self, phase: str, done: int, total: int) -> None:
@@ -49,13 +60,19 @@ class SamplingProgress(Callback):
             self._draw(f"{phase}: {what}", done, total)
         elif now - self._said > QUIET_SECONDS or done == total:
             self._said, elapsed = now, now - self._began
-            time_ = f"took {elapsed:.0f} s" if done == total else f"about {elapsed * (total - done) / done:.0f} s left"
+            time_ = (
+                f"took {elapsed:.0f} s"
+                if done == total
+                else f"about {elapsed * (total - done) / done:.0f} s left"
+            )
             print(f"{phase}: {what}, {time_}", file=sys.stderr, flush=True)
 
     def _draw(self, text: str, done: int, total: int) -> None:
         if self._bar is None:
             columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-            self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True))
+            self._bar = Progress(
+                *columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)
+            )
             self._bar.start()
         if self._task is None:
             self._task = self._bar.add_task(text, total=total)

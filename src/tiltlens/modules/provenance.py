@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from tiltlens.units import Unit
+
 PACKAGES = ("tiltlens", "torch", "torchvision", "lightning", "diffusers", "timm", "wandb", "numpy", "pymbar")
 
 
@@ -19,16 +21,19 @@ def provenance(module: Any) -> dict[str, Any]:
         "device": _device(module.device),
         "git_revision": _revision(),
         "prior": {"name": module.prior.name, "sha256": module.prior.fingerprint, **module.prior.describe()},
-        "units": {
-            u.name: {"slug": u.slug, "sha256": u.fingerprint} for u in module.units
-        },
+        "units": {u.name: {"slug": u.slug, "sha256": u.fingerprint, "encoders": _encoders(u)} for u in module.units},
         "energy": module.energy.describe(),
-        "guidance": module.guidance.describe(),
+        "guidance": module.describe()["guidance"],
         "schedule": {"length": len(schedule), "log_snr": [float(schedule.log_snr[-1]), float(schedule.log_snr[0])],
                      "init_std": schedule.init_std},
         "chain": {"steps": module.steps, "eta": module.eta, "spacing": module.spacing, "clip": module.clip},
         "law": "p is the law of the discrete sampling chain at strength 0: this prior, steps, eta, clipping and precision",
     }  # fmt: skip
+
+
+def _encoders(unit: Unit) -> dict[str, str]:
+    """sha256 of the weights of each encoder that the unit reads."""
+    return {m.encoder.name: m.encoder.fingerprint for m in unit.members if m.encoder is not None}
 
 
 def _device(device: torch.device) -> str:
@@ -40,11 +45,17 @@ def _device(device: torch.device) -> str:
 def _revision() -> str | None:
     """The revision of the source tree, with "-dirty" where it was changed; None outside a checkout."""
     here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        told = subprocess.run(
+            ["git", *args], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
+        return told.stdout.strip()
+
     try:
-        run = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout  # noqa: E731
-        top = Path(run("rev-parse", "--show-toplevel").strip())
+        top = Path(git("rev-parse", "--show-toplevel"))
         if top not in here.parents or not (top / "pyproject.toml").exists():
             return None
-        return run("rev-parse", "HEAD").strip() + ("-dirty" if run("status", "--porcelain", "-uno").strip() else "")
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -12,7 +12,6 @@ from tiltlens.constraint import Constraint
 from tiltlens.estimates import estimate_curve
 from tiltlens.run_folder import RunFolder
 
-
 NAMED = 20  # rows that a warning names
 DETERMINISTIC = (
     "eta = 0: the chain is deterministic, its steps have no noise to measure a shift against: path_kl, log_w and what "
@@ -51,9 +50,14 @@ def estimate_run(folder: RunFolder, module: Any, data: Any) -> None:
 
 def lost(samples: dict[str, np.ndarray]) -> list[str]:
     """The names of one unit's rows that are not finite."""
-    names = [f"strength {s:g} seed {k}" for s, k in zip(*(samples[c][~samples["finite"]] for c in ("strength", "seed")))]
+    names = [
+        f"strength {s:g} seed {k}"
+        for s, k in zip(*(samples[c][~samples["finite"]] for c in ("strength", "seed")))
+    ]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return [f"not finite (finite = false in samples.parquet): {', '.join(names[:NAMED])}{more}"] if names else []
+    return (
+        [f"not finite (finite = false in samples.parquet): {', '.join(names[:NAMED])}{more}"] if names else []
+    )
 
 
 def columns(table: pa.Table) -> dict[str, np.ndarray]:

@@ -23,7 +23,6 @@ from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Samples
 from tiltlens.units import Unit
 
-
 STEP_SEEDS = 64  # seeds of each (unit, strength) whose single steps are kept: enough for a mean, and no flood
 
 
@@ -62,7 +61,9 @@ class RunFolderWriter(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, SamplingModule):
-            raise ValueError(f"RunFolderWriter writes what SamplingModule samples; found {type(pl_module).__name__}")
+            raise ValueError(
+                f"RunFolderWriter writes what SamplingModule samples; found {type(pl_module).__name__}"
+            )
         if trainer.is_global_zero:
             self.open(pl_module, trainer.datamodule)
         trainer.strategy.barrier("claimed")
@@ -86,7 +87,9 @@ class RunFolderWriter(Callback):
         self.folder.claim(identity)
         if self.config:
             self.folder.write_config(self.config)
-        self.folder.write_manifest({**provenance(module), "plan": plan, "state": "running", "started": _now()})
+        self.folder.write_manifest(
+            {**provenance(module), "plan": plan, "state": "running", "started": _now()}
+        )
 
     def _grown_plan(self, data: Any) -> dict:
         """Raises ValueError where the stored plan holds what the asked one does not."""
@@ -103,8 +106,16 @@ class RunFolderWriter(Callback):
         return asked
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: SamplingModule, outputs: Samples, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: SamplingModule,
+        outputs: Samples | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
+        if outputs is None:
+            return
         seconds = time.time() - self._batch_began
         names = [u.name for u in pl_module.units]
         slugs = [u.slug for u in pl_module.units]
@@ -160,7 +171,9 @@ class RunFolderWriter(Callback):
         if self.report:
             write_report(self.folder)
         if missing:
-            raise RuntimeError(f"{len(missing)} rows of the plan are missing from {self.folder.path}; run the same command again")
+            raise RuntimeError(
+                f"{len(missing)} rows of the plan are missing from {self.folder.path}; run the same command again"
+            )
 
 
 def to_uint8(image: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,7 @@ import logging
 import os
 import sys
 import warnings
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
@@ -22,7 +21,10 @@ from tiltlens.modules.wandb_curve import WandbCurve, place_wandb
 from tiltlens.priors import Prior
 from tiltlens.units import Unit
 
-LOGGER = {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"project": "tiltlens", "offline": True}}
+LOGGER = {
+    "class_path": "lightning.pytorch.loggers.WandbLogger",
+    "init_args": {"project": "tiltlens", "offline": True},
+}
 TRAINER = {
     "inference_mode": False, "logger": LOGGER, "enable_checkpointing": False, "enable_model_summary": False,
     "enable_progress_bar": False, "devices": 1,
@@ -32,8 +34,13 @@ TRAINER = {
 class SamplingCLI(CommandLine):
     """Every constructor argument of SamplingModule, PlanData and Trainer is an override."""
 
-    modules = {"model": (SamplingModule,), "data": (PlanData,)}  # noqa: RUF012
-    families = {"model.prior": Prior, "model.unit": Unit, "model.energy": Energy, "model.guidance": Guidance}  # noqa: RUF012
+    modules: ClassVar = {"model": (SamplingModule,), "data": (PlanData,)}
+    families: ClassVar = {
+        "model.prior": Prior,
+        "model.unit": Unit,
+        "model.energy": Energy,
+        "model.guidance": Guidance,
+    }
 
     def __init__(self, args: list[str] | None = None):
         super().__init__(
@@ -54,7 +61,7 @@ class SamplingCLI(CommandLine):
         config = self.config.clone()
         for key in ("config", "out"):
             config.pop(key, None)
-        return self.parser.dump(config, skip_none=True, skip_link_targets=False, skip_validation=True)
+        return self.parser.dump(config, skip_none=True, skip_link_targets=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
@@ -81,7 +88,9 @@ def main(args: list[str] | None = None) -> None:
     cli = SamplingCLI(args)
     cli.model.check_trainer(cli.trainer)
     if cli.trainer.is_global_zero:
-        next(c for c in cli.trainer.callbacks if isinstance(c, RunFolderWriter)).open(cli.model, cli.datamodule)
+        next(c for c in cli.trainer.callbacks if isinstance(c, RunFolderWriter)).open(
+            cli.model, cli.datamodule
+        )
     try:
         cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
     except SystemExit:

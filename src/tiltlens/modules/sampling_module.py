@@ -60,16 +60,28 @@ class SamplingModule(LightningModule):
         if spacing not in SPACINGS:
             raise ValueError(f"model.spacing = {spacing!r}: expected one of {', '.join(SPACINGS)}")
         if pilot != 0 and pilot < 8:
-            raise ValueError(f"model.pilot = {pilot}: expected 0 (none) or at least 8 trajectories to regress on")
+            raise ValueError(
+                f"model.pilot = {pilot}: expected 0 (none) or at least 8 trajectories to regress on"
+            )
         self.energy, self.guidance = energy or Linear(), guidance or Calibrated()
         if pilot == 0 and self.guidance.needs_pilot:
-            raise ValueError(f"model.pilot = 0, but {type(self.guidance).__name__} guidance needs a pilot: set pilot >= 8")
+            raise ValueError(
+                f"model.pilot = 0, but {type(self.guidance).__name__} guidance needs a pilot: set pilot >= 8"
+            )
         if pilot == 0 and self.energy.standardise and natural is None:
-            raise ValueError("model.pilot = 0, but the energy is standardised: set pilot >= 8, or model.natural to an image folder")
+            raise ValueError(
+                "model.pilot = 0, but the energy is standardised: set pilot >= 8, or model.natural to an image folder"
+            )
         self.units = [build_unit(u) for u in (unit if isinstance(unit, (list, tuple)) else [unit])]
         if len({u.name for u in self.units}) < len(self.units):
             raise ValueError(f"a unit stands twice in model.unit: {', '.join(u.name for u in self.units)}")
-        self.prior_spec, self.steps, self.eta, self.spacing, self.clip = prior, steps, float(eta), spacing, clip
+        self.prior_spec, self.steps, self.eta, self.spacing, self.clip = (
+            prior,
+            steps,
+            float(eta),
+            spacing,
+            clip,
+        )
         self.pilot, self.natural, self.precision, self.prompt = pilot, natural, precision, prompt
         self.prior: Prior | None = None
         self.sampler: Sampler | None = None
@@ -112,7 +124,15 @@ class SamplingModule(LightningModule):
 
     def on_predict_start(self) -> None:
         self.sampler = Sampler(
-            self.prior, self.bank, self.energy, self.guidance, self.steps, self.eta, self.spacing, self.clip, self.device
+            self.prior,
+            self.bank,
+            self.energy,
+            self.guidance,
+            self.steps,
+            self.eta,
+            self.spacing,
+            self.clip,
+            self.device,
         )
         start = time.perf_counter()
         pilots = self._pilots() if self.pilot else None
@@ -124,22 +144,28 @@ class SamplingModule(LightningModule):
 
     def _pilots(self) -> list[UnitPilot]:
         """From the run folder where it has them; else run once, by rank 0, and kept."""
-        store = self.pilot_store
+        store, barrier = self.pilot_store, self.trainer.strategy.barrier
         kept = store.load_pilots(self.units) if store else None
-        if kept is None:
+        barrier(
+            "pilot looked for"
+        )  # no rank may find what another has only just written, and pass the next barrier by
+        if kept is None and (store is None or self.trainer.is_global_zero):
             report = (lambda done, total: self.progress("pilot", done, total)) if self.progress else None
-            if store is None or self.trainer.is_global_zero:
-                kept = self.sampler.run_pilot(self.pilot, min(self.pilot, PILOT_BATCH), report)
-                if store:
-                    store.save_pilots(self.units, kept)
-            self.trainer.strategy.barrier("pilot")
-            kept = kept or store.load_pilots(self.units)
+            kept = self.sampler.run_pilot(self.pilot, min(self.pilot, PILOT_BATCH), report)
+            if store:
+                store.save_pilots(self.units, kept)
+        barrier("pilot kept")
+        kept = kept or store.load_pilots(self.units)
         return kept
 
-    def transfer_batch_to_device(self, batch: list[Row], device: torch.device, dataloader_idx: int) -> list[Row]:
+    def transfer_batch_to_device(
+        self, batch: list[Row], device: torch.device, dataloader_idx: int
+    ) -> list[Row]:
         return batch  # names, not tensors
 
-    def predict_step(self, batch: list[Row], batch_idx: int) -> Samples:
+    def predict_step(self, batch: list[Row], batch_idx: int) -> Samples | None:
+        if not batch:  # of a rank, or a run, with nothing left to do
+            return None
         report = (lambda done, total: self.progress("step", done, total)) if self.progress else None
         return self.sampler.sample(batch, report)
 
@@ -149,7 +175,7 @@ class SamplingModule(LightningModule):
             "prior": {"name": self.prior.name, "fingerprint": self.prior.fingerprint},
             "units": [u.name for u in self.units],
             "unit_sha256": {u.name: u.fingerprint for u in self.units},
-            "energy": {k: v for k, v in {"class": type(self.energy).__name__, **vars(self.energy)}.items()},
+            "energy": {"class": type(self.energy).__name__, **vars(self.energy)},
             "guidance": self.guidance.describe(),
             "chain": {"steps": self.steps, "eta": self.eta, "spacing": self.spacing, "clip": self.clip},
             "pilot": self.pilot, "natural": self.natural, "precision": self.precision, "prompt": self.prompt,

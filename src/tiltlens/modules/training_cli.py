@@ -9,7 +9,7 @@ OUT/prior or OUT/encoder    the trained network with averaged weights, as the fi
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -34,7 +34,7 @@ class SaveAsked(SaveConfigCallback):
 class TrainingCLI(CommandLine):
     """fit and validate for every module here."""
 
-    modules = {"model": (PriorModule, EncoderModule)}  # noqa: RUF012
+    modules: ClassVar = {"model": (PriorModule, EncoderModule)}
 
     def __init__(self, args: list[str] | None = None):
         quiet = {"exit_on_error": False}

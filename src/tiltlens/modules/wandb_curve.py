@@ -24,6 +24,7 @@ CURVE = (
     "activation_mean", "activation_se", "z_mean", "z_se", "energy_mean", "energy_se", "path_kl", "path_kl_se", "kl_lower",
     "kl", "kl_se", "log_z", "log_z_se", "ess", "gap", "gap_se", "efficiency", "n", "nonfinite", "seconds",
 )  # fmt: skip
+# Every row brings its own x. With step_sync, its default, W&B adds x once more to a row, now and then as 0.
 QUANTILES = (0.05, 0.5, 0.95)
 TABLE = ("unit", "strength", "seed", "activation", "z", "energy", "log_w", "path_kl", "clipped", "finite")
 IMAGES_A_KEY = 108  # more are dropped by W&B without a word
@@ -47,7 +48,13 @@ class WandbCurve(Callback):
             log_curve(run, prefix, rows, mine, folder)
             log_steps(run, prefix, folder, unit.name)
             if pl_module.prior.images:
-                run.log({f"{prefix}/grid": wandb.Image(grid(folder, unit.name), caption="rows: strength, columns: seed")})
+                run.log(
+                    {
+                        f"{prefix}/grid": wandb.Image(
+                            grid(folder, unit.name), caption="rows: strength, columns: seed"
+                        )
+                    }
+                )
         log_table(run, samples, folder)
         run.finish()
 
@@ -55,8 +62,12 @@ class WandbCurve(Callback):
 def place_wandb(logger: WandbLogger, out: Path) -> None:
     """Its files go under OUT/wandb, quietly; online with no login is an error now and not a prompt later."""
     if not logger._offline and not wandb.login(prompt=False, verify=False):
-        raise UserError("W&B is asked for online, but there is no login: set WANDB_API_KEY or run `wandb login`, or stay offline")
+        raise UserError(
+            "W&B is asked for online, but there is no login: set WANDB_API_KEY or run `wandb login`, or stay offline"
+        )
     init = logger._wandb_init
+    if logger._offline:  # Lightning says it in the environment, which W&B may have read already
+        init["mode"] = "offline"
     init.pop("anonymous", None)  # Lightning passes it always; W&B warns of it always
     init["dir"] = logger._save_dir = str(out)
     init["name"] = init.get("name") or out.name
@@ -71,14 +82,18 @@ def schedule_name(module: SamplingModule) -> str:
     return f"{type(module.guidance).__name__.lower()}-{module.steps}-eta{module.eta:g}"
 
 
-def log_curve(run: Any, prefix: str, rows: list[dict], samples: dict[str, np.ndarray], folder: RunFolder) -> None:
+def log_curve(
+    run: Any, prefix: str, rows: list[dict], samples: dict[str, np.ndarray], folder: RunFolder
+) -> None:
     """One history row a strength. rows: of summary.json; samples: the unit's, as columns."""
     x = f"{prefix}/strength"
     run.define_metric(x)
     names = [*CURVE, *(f"activation_q{q:g}" for q in QUANTILES)]
     for name in names:
-        run.define_metric(f"{prefix}/{name}", step_metric=x)
-    seeds = sorted(set(samples["seed"].tolist()))[:16]
+        run.define_metric(f"{prefix}/{name}", step_metric=x, step_sync=False)
+    seeds = sorted(set(samples["seed"].tolist()))[
+        : max(1, min(16, IMAGES_A_KEY // len(rows)))
+    ]  # every strength is shown
     for row in sorted(rows, key=lambda r: r["strength"]):
         entry: dict[str, Any] = {x: row["strength"]}
         entry |= {f"{prefix}/{k}": row[k] for k in CURVE if row.get(k) is not None}
@@ -89,7 +104,10 @@ def log_curve(run: Any, prefix: str, rows: list[dict], samples: dict[str, np.nda
             entry[f"{prefix}/activation"] = wandb.Histogram(a)
         run.log(entry)
     images = [
-        wandb.Image(str(folder.path / samples["image"][i]), caption=f"strength {samples['strength'][i]:g}, seed {samples['seed'][i]}")
+        wandb.Image(
+            str(folder.path / samples["image"][i]),
+            caption=f"strength {samples['strength'][i]:g}, seed {samples['seed'][i]}",
+        )
         for i in np.lexsort((samples["seed"], samples["strength"]))
         if samples["image"][i] is not None and samples["seed"][i] in seeds
     ]
@@ -104,10 +122,10 @@ def log_steps(run: Any, prefix: str, folder: RunFolder, unit: str) -> None:
     strengths = [s for s in sorted(set(mine["strength"].tolist())) if s > 0]
     x = f"{prefix}/log_snr"
     run.define_metric(x)
-    run.define_metric(f"{prefix}/t", step_metric=x)
+    run.define_metric(f"{prefix}/t", step_metric=x, step_sync=False)
     for s in strengths:
         for name in ("guidance_norm", "path_kl_step"):
-            run.define_metric(f"{prefix}/{name}/strength {s:g}", step_metric=x)
+            run.define_metric(f"{prefix}/{name}/strength {s:g}", step_metric=x, step_sync=False)
     for k in sorted(set(mine["step"].tolist())):
         at = mine["step"] == k
         entry: dict[str, Any] = {x: float(mine["log_snr"][at][0]), f"{prefix}/t": int(mine["t"][at][0])}

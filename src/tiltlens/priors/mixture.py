@@ -21,7 +21,6 @@ from tiltlens.energies import Energy, Linear
 from tiltlens.priors.prior import Prior
 from tiltlens.schedule import Schedule
 
-
 Posterior = tuple[Tensor, Tensor, Tensor]
 
 
@@ -150,7 +149,9 @@ class GaussianMixture(Prior):
         return self.denoiser.means[k] + self.denoiser.variances[k].sqrt()[:, None] * z
 
     @staticmethod
-    def log_psi(posterior: Posterior, direction: Tensor, energy: Energy, strength: Tensor, level: Tensor) -> Tensor:
+    def log_psi(
+        posterior: Posterior, direction: Tensor, energy: Energy, strength: Tensor, level: Tensor
+    ) -> Tensor:
         """The exact twist log E[exp(-s E(<w, x_0>)) | x_t], (B,), from the denoiser's posterior at x_t; direction
         (B, d), strength and level (B,)."""
         log_r, mu, tau = posterior
@@ -159,22 +160,33 @@ class GaussianMixture(Prior):
         tilt = energy.log_tilt(mean, variance, strength[:, None], level[:, None])
         return torch.logsumexp(log_r + tilt, 1)
 
-    def log_z(self, direction: Tensor, strength: float | Tensor, energy: Energy | None = None, level: float = 0.0) -> Tensor:
+    def log_z(
+        self, direction: Tensor, strength: float | Tensor, energy: Energy | None = None, level: float = 0.0
+    ) -> Tensor:
         """log Z(s) of E(<w, x>), a float64 scalar, differentiable in s. energy: Linear by default."""
         energy = energy or Linear()
         w = torch.as_tensor(direction, dtype=torch.float64)
         s = torch.as_tensor(strength, dtype=torch.float64)
-        tilt = energy.log_tilt(self.denoiser.means @ w, self.denoiser.variances * (w @ w), s, torch.tensor(level, dtype=torch.float64))
+        tilt = energy.log_tilt(
+            self.denoiser.means @ w,
+            self.denoiser.variances * (w @ w),
+            s,
+            torch.tensor(level, dtype=torch.float64),
+        )
         return torch.logsumexp(self.denoiser.log_weights + tilt, 0)
 
-    def mean_energy(self, direction: Tensor, strength: float, energy: Energy | None = None, level: float = 0.0) -> float:
+    def mean_energy(
+        self, direction: Tensor, strength: float, energy: Energy | None = None, level: float = 0.0
+    ) -> float:
         """m(s) = E_{q_s}[E] = -d log Z/ds."""
         with torch.inference_mode(False), torch.enable_grad():
             s = torch.tensor(float(strength), dtype=torch.float64, requires_grad=True)
             (slope,) = torch.autograd.grad(self.log_z(direction, s, energy, level), s)
         return -float(slope)
 
-    def kl(self, direction: Tensor, strength: float, energy: Energy | None = None, level: float = 0.0) -> float:
+    def kl(
+        self, direction: Tensor, strength: float, energy: Energy | None = None, level: float = 0.0
+    ) -> float:
         """KL(q_s || p) = -s m(s) - log Z(s), nats."""
         log_z = float(self.log_z(direction, strength, energy, level))
         return -strength * self.mean_energy(direction, strength, energy, level) - log_z
@@ -206,5 +218,7 @@ def levels(means: Tensor, variances: Tensor, points: int) -> Tensor:
     cumulative = 2 * torch.atan(torch.exp((fine[:, None] + scales) / 2)).mean(1)
     cumulative = (cumulative - cumulative[0]) / (cumulative[-1] - cumulative[0])
     cumulative = 0.9 * cumulative + 0.1 * torch.linspace(0, 1, len(fine), dtype=torch.float64)
-    at = torch.searchsorted(cumulative, torch.linspace(0, 1, points, dtype=torch.float64)).clamp_max(len(fine) - 1)
+    at = torch.searchsorted(cumulative, torch.linspace(0, 1, points, dtype=torch.float64)).clamp_max(
+        len(fine) - 1
+    )
     return fine[at].flip(0)

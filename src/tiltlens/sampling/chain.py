@@ -19,7 +19,7 @@ from tiltlens.constraint import RowConstraint
 from tiltlens.denoiser import Denoiser
 from tiltlens.guidance.guidance import Guidance, Guided, Step, clean_estimate
 from tiltlens.sampling.noise import Noise
-from tiltlens.schedule import StepCoefficients, check_steps, step_coefficients
+from tiltlens.schedule import check_steps, step_coefficients
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ class Chain:
         check_steps(denoiser.schedule, list(indices))
         self.indices, self.eta, self.clip = list(indices), float(eta), clip
         ends = [*self.indices[1:], None]
-        self.coefficients = [step_coefficients(denoiser.schedule, t, r, eta) for t, r in zip(self.indices, ends)]
+        self.coefficients = [
+            step_coefficients(denoiser.schedule, t, r, eta) for t, r in zip(self.indices, ends)
+        ]
         self.denoiser = denoiser.for_steps({t: c.x0 for t, c in zip(self.indices[:-1], self.coefficients)})
 
     def __len__(self) -> int:
@@ -96,12 +98,24 @@ class Chain:
         if z is not None:
             x = x + c.v * z
         info = Info(
-            number, t, float(self.denoiser.schedule.log_snr[t]), guided.x0_hat, guided.shift is not None, path_kl, norm
+            number,
+            t,
+            float(self.denoiser.schedule.log_snr[t]),
+            guided.x0_hat,
+            guided.shift is not None,
+            path_kl,
+            norm,
         )
         return State(x, log_dpdq, state.path_kl + path_kl, guided.memory), info
 
     def _estimate(
-        self, state: State, number: int, t: int, noise: Noise, guidance: Guidance | None, rows: RowConstraint | None
+        self,
+        state: State,
+        number: int,
+        t: int,
+        noise: Noise,
+        guidance: Guidance | None,
+        rows: RowConstraint | None,
     ) -> Guided:
         if guidance is None:
             with torch.no_grad():

@@ -12,7 +12,9 @@ from tiltlens.units.bank import UnitBank
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
-def read_natural_members(folder: str, bank: UnitBank, side: int, device: str | torch.device, limit: int = 2000) -> list[Tensor]:
+def read_natural_members(
+    folder: str, bank: UnitBank, side: int, device: str | torch.device, limit: int = 2000
+) -> list[Tensor]:
     """Raw member activations (N, k) of each unit on the images of a folder (any nesting, at most `limit`, evenly spaced
     in the sorted list). Raises ValueError for a folder that is missing or holds fewer than 16 readable images."""
     root = Path(folder)
@@ -20,7 +22,9 @@ def read_natural_members(folder: str, bank: UnitBank, side: int, device: str | t
         raise ValueError(f"natural: expected an image folder, found no folder at {folder!r}")
     files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
     if len(files) < 16:
-        raise ValueError(f"natural: expected at least 16 images ({', '.join(sorted(SUFFIXES))}) in {folder!r}, found {len(files)}")
+        raise ValueError(
+            f"natural: expected at least 16 images ({', '.join(sorted(SUFFIXES))}) in {folder!r}, found {len(files)}"
+        )
     files = [files[int(i)] for i in np.linspace(0, len(files) - 1, min(limit, len(files)))]
     reads = []
     for i in range(0, len(files), 64):
@@ -39,5 +43,7 @@ def load_image(path: Path, side: int | None = None) -> Tensor:
             if side is not None:
                 rgb = ImageOps.fit(rgb, (side, side), Image.Resampling.LANCZOS)
     except OSError as error:
-        raise ValueError(f"natural: {path} cannot be read as an image ({error}); remove it or repair it") from error
+        raise ValueError(
+            f"natural: {path} cannot be read as an image ({error}); remove it or repair it"
+        ) from error
     return torch.from_numpy(np.asarray(rgb).copy()).permute(2, 0, 1).float() / 127.5 - 1

@@ -50,7 +50,9 @@ class Noise:
     def _next(self, stream: str) -> Tensor:
         ready = self._ready.get(stream)
         if ready is None or not len(ready):
-            ready = torch.stack([torch.randn((self._block, *self.shape), generator=g) for g in self._stream(stream)], 1)
+            ready = torch.stack(
+                [torch.randn((self._block, *self.shape), generator=g) for g in self._stream(stream)], 1
+            )
         self._ready[stream] = ready[1:]
         return ready[0].to(self.device, self.dtype)
 

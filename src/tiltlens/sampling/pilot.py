@@ -68,7 +68,10 @@ def run_pilot(
         finals.append(reads[-1])
         del state
     path, final = torch.cat(paths, 1), torch.cat(finals)
-    return [UnitPilot(final[:, i, : u.size].cpu(), path[:, :, i, : u.size].cpu()) for i, u in enumerate(bank.units)]
+    return [
+        UnitPilot(final[:, i, : u.size].cpu(), path[:, :, i, : u.size].cpu())
+        for i, u in enumerate(bank.units)
+    ]
 
 
 def _read_all(bank: UnitBank, images: Tensor) -> Tensor:
@@ -76,7 +79,9 @@ def _read_all(bank: UnitBank, images: Tensor) -> Tensor:
     return bank.read_all(images).double()
 
 
-def tables(pilots: Sequence[UnitPilot], bank: UnitBank, naturals: Sequence[Natural], chain: Chain, standardise: bool) -> PilotTables:
+def tables(
+    pilots: Sequence[UnitPilot], bank: UnitBank, naturals: Sequence[Natural], chain: Chain, standardise: bool
+) -> PilotTables:
     """The regression of each unit at each step, on the energy's argument (z, or a itself)."""
     rows = [_regress(p, u, n, standardise) for p, u, n in zip(pilots, bank.units, naturals)]
     slope, intercept, residual = (torch.stack(x) for x in zip(*rows))
@@ -111,7 +116,9 @@ def regression(u: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r2 = torch.where(pooled_cov > 0, r2, 0)
     r2 = r2.flip(0).cummin(0).values.flip(0)  # what can be read at one level can be read at every cleaner one
     t = (r2 * max(count - 2, 1) / (1 - r2)).sqrt()
-    slope = torch.where((t > KEPT_ABOVE) & (slope > 0), slope * (1 - 1 / t.clamp_min(1) ** 2), torch.zeros_like(slope))
+    slope = torch.where(
+        (t > KEPT_ABOVE) & (slope > 0), slope * (1 - 1 / t.clamp_min(1) ** 2), torch.zeros_like(slope)
+    )
     slope[-1] = 1.0  # the last estimate is the sample
     residual = (ac[None] - slope[:, None] * uc).square().sum(1) / max(count - 2, 1)
     residual[-1] = 0.0

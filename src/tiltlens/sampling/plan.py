@@ -21,7 +21,9 @@ def check_strengths(strengths: Sequence[float]) -> list[float]:
     out = []
     for s in strengths:
         if isinstance(s, bool) or not isinstance(s, (int, float)) or not math.isfinite(s) or s < 0:
-            raise ValueError(f"strengths: every strength is a finite number >= 0, found {s!r} in {list(strengths)}")
+            raise ValueError(
+                f"strengths: every strength is a finite number >= 0, found {s!r} in {list(strengths)}"
+            )
         out.append(float(s) + 0.0)  # -0.0 and 0.0 are one strength
     return sorted(set(out))
 

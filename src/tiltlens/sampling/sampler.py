@@ -45,15 +45,24 @@ class Sampler:
         self, prior: Prior, bank: UnitBank, energy: Energy, guidance: Guidance, steps: int = 50, eta: float = 1.0,
         spacing: str = "log-snr", clip: bool = False, device: torch.device | str = "cpu",
     ):  # fmt: skip
-        self.prior, self.bank, self.energy, self.guidance = prior.to(device), bank.to(device), energy, guidance
+        self.prior, self.bank, self.energy, self.guidance = (
+            prior.to(device),
+            bank.to(device),
+            energy,
+            guidance,
+        )
         self.chain = Chain(prior.denoiser, step_indices(prior.denoiser.schedule, steps, spacing), eta, clip)
         self.device, self.dtype = device, getattr(prior, "dtype", torch.float32)
         self.pilots: list[UnitPilot] | None = None
         self.constraint: Constraint | None = None
 
-    def run_pilot(self, samples: int, batch_size: int, progress: Callable[[int, int], None] | None = None) -> list[UnitPilot]:
+    def run_pilot(
+        self, samples: int, batch_size: int, progress: Callable[[int, int], None] | None = None
+    ) -> list[UnitPilot]:
         """Unguided trajectories for all units of the bank; see `tiltlens.sampling.pilot`."""
-        return run_pilot(self.chain, self.bank, self.prior.decode, samples, batch_size, self.device, self.dtype, progress)
+        return run_pilot(
+            self.chain, self.bank, self.prior.decode, samples, batch_size, self.device, self.dtype, progress
+        )
 
     def calibrate(self, pilots: list[UnitPilot] | None, reference: list[Tensor] | None = None) -> None:
         """Freeze everything that the run learns beforehand. reference: member activations (N, k) of each unit on natural
@@ -62,7 +71,9 @@ class Sampler:
         members = reference or ([p.members for p in pilots] if pilots else None)
         units = self.bank.units
         if members is None and (self.energy.standardise or any(u.size > 1 for u in units)):
-            raise ValueError("a standardised energy needs natural activations: set pilot >= 8, or natural to an image folder")
+            raise ValueError(
+                "a standardised energy needs natural activations: set pilot >= 8, or natural to an image folder"
+            )
         if self.energy.standardise or any(u.size > 1 for u in units):
             naturals = [Natural.from_members(u, m) for u, m in zip(units, members)]
         elif members is not None:
@@ -71,7 +82,9 @@ class Sampler:
             naturals = [Natural.identity(u) for u in units]
         self.pilots = pilots
         self.constraint = Constraint(self.bank, self.energy, naturals, self.prior.decode)
-        regression = tables(pilots, self.bank, naturals, self.chain, self.energy.standardise) if pilots else None
+        regression = (
+            tables(pilots, self.bank, naturals, self.chain, self.energy.standardise) if pilots else None
+        )
         self.tables = regression
         self.guidance.prepare(regression, self.prior, self.constraint)
 

@@ -1,0 +1,93 @@
+"""What W&B holds is what summary.json holds: the offline run, read back."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prior_folders import write_pixel
+
+from tiltlens.modules.sampling_cli import main
+from tiltlens.modules.wandb_curve import CURVE, IMAGES_A_KEY
+from tiltlens.run_folder import RunFolder
+
+
+class Offline:
+    """An offline run of a run folder, as W&B's own viewer reads it: history, config, step metric of each metric."""
+
+    def __init__(self, out: Path, number: int = 0):
+        path = sorted(out.glob("wandb/offline-run-*"), key=lambda p: p.stat().st_ctime)[number]
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        records = [json.loads(line) for line in said.splitlines()]
+        self.text = said
+        self.history = [r["history"]["item"] for r in records if r["type"] == "history"]
+        metrics = [r["metric"] for r in records if r["type"] == "metric"]
+        self.metrics = {m["name"]: m.get("step_metric") for m in metrics if "name" in m}
+        configs = [r["config"]["update"] for r in records if r["type"] == "config"]
+        self.config = {k: v for c in configs for k, v in c.items()}
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    """Eight strengths of sixteen seeds are more pictures than W&B takes under one key."""
+    root = tmp_path_factory.mktemp("wandb")
+    write_pixel(root / "prior")
+    args = [
+        f"--model.prior={root / 'prior'}", "--model.steps=3", "--model.pilot=8", "--data.n=16", "--data.batch_size=64",
+        "--data.strengths=[0,4,0.5,1,2,3,5,6]", "--trainer.accelerator=cpu", f"--out={root / 'out'}",
+        f"--model.unit=projection[{','.join(['1', '0', '-1', '0.5'] * 48)}]",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["sample.py"])
+        main(args)
+        first = Offline(root / "out")
+        main(args)
+    return RunFolder(root / "out"), first
+
+
+def test_the_curve_is_that_of_the_summary_in_order_of_strength(sampled):
+    folder, run = sampled
+    summary = folder.read_summary()["rows"]
+    (x,) = [name for name in run.metrics if name.endswith("/strength")]
+    prefix = x.removesuffix("/strength")
+    assert prefix.endswith("/calibrated-3-eta1")
+    curve = [h for h in run.history if x in h]
+    assert [h[x] for h in curve] == [r["strength"] for r in summary] == sorted(r["strength"] for r in summary)
+    for logged, row in zip(curve, summary, strict=True):
+        for name in CURVE:
+            if name != "seconds":  # of the second call's summary
+                assert logged.get(f"{prefix}/{name}") == pytest.approx(row[name]), name
+        assert {f"{prefix}/activation_q0.5", f"{prefix}/activation._type"} <= logged.keys()
+    for name in CURVE:
+        assert run.metrics[f"{prefix}/{name}"] == x
+    steps = [h for h in run.history if f"{prefix}/log_snr" in h]
+    assert len(steps) == 3
+    assert run.metrics[f"{prefix}/guidance_norm/strength 4"] == f"{prefix}/log_snr"
+
+
+def test_pictures_and_table(sampled):
+    _, run = sampled
+    entries = {k: v for h in run.history for k, v in h.items()}
+    images = {k.rpartition("/")[2]: v for k, v in entries.items() if "/images." in k}
+    assert 0 < images["images.count"] <= IMAGES_A_KEY
+    assert images["images.format"] == "png"
+    assert images["images.captions"][0] == "strength 0, seed 0"
+    assert any("strength 6" in c for c in images["images.captions"])  # no strength is cut off
+    assert len([k for k in entries if k.endswith("/grid.path")]) == 1
+    assert entries["samples.nrows"] == 128
+
+
+def test_the_configuration_has_fingerprints(sampled):
+    folder, run = sampled
+    said, manifest = run.config["tiltlens"], folder.read_manifest()
+    assert said["prior"]["sha256"] == manifest["prior"]["sha256"]
+    assert said["units"] == manifest["units"]
+    assert said["state"] == "complete"
+
+
+def test_a_second_call_is_a_second_run_that_says_the_same(sampled):
+    folder, first = sampled
+    second = Offline(folder.path, 1)
+    assert [sorted(h) for h in second.history] == [sorted(h) for h in first.history]
