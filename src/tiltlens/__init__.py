@@ -1,21 +1,29 @@
-"""tiltlens: what a unit of a vision model responds to, as the KL-minimal distribution of natural images."""
+"""tiltlens: what a unit of a vision model responds to, as the KL-minimal distribution of natural images.
 
-from tiltlens.energies import Linear, Target, Threshold
-from tiltlens.priors import GaussianMixture, load_prior
-from tiltlens.units import Address, Combination, Projection, build_unit, load_encoder
+Names are imported on first use, so that reading a run folder does not wait for torch.
+"""
 
-Unit = build_unit  # Unit("bundled,class=horse"); the class itself is tiltlens.units.Unit
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "Address", "Combination", "GaussianMixture", "Linear", "Projection", "Target", "Threshold", "Tilt", "Unit",
-    "build_unit", "load_encoder", "load_prior", "tilt",
-]  # fmt: skip
+_HOMES = {
+    "tiltlens.api": ("Tilt", "tilt"),
+    "tiltlens.energies": ("Linear", "Target", "Threshold"),
+    "tiltlens.priors": ("GaussianMixture", "load_prior"),
+    "tiltlens.units": ("Address", "Combination", "Projection", "build_unit", "load_encoder"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_OTHER_NAMES = {"Unit": "build_unit"}  # Unit("bundled,class=horse"); the class itself is tiltlens.units.Unit
+
+__all__ = sorted([*_HOME, *_OTHER_NAMES])
 
 
-def __getattr__(name: str):
-    # tilt brings Lightning along; whoever only loads a prior or reads a unit need not wait for it
-    if name in ("tilt", "Tilt"):
-        from tiltlens import api
+def __getattr__(name: str) -> Any:
+    known = _OTHER_NAMES.get(name, name)
+    if known not in _HOME:
+        raise AttributeError(f"module 'tiltlens' has no attribute {name!r}")
+    return getattr(import_module(_HOME[known]), known)
 
-        return getattr(api, name)
-    raise AttributeError(f"module 'tiltlens' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tiltlens.schedule import step_indices
 from tiltlens.units import Unit
 
 PACKAGES = ("tiltlens", "torch", "torchvision", "lightning", "diffusers", "timm", "wandb", "numpy", "pymbar")
@@ -16,6 +17,7 @@ PACKAGES = ("tiltlens", "torch", "torchvision", "lightning", "diffusers", "timm"
 def provenance(module: Any) -> dict[str, Any]:
     """For manifest.json. module: a loaded SamplingModule."""
     schedule = module.prior.denoiser.schedule
+    first = step_indices(schedule, module.steps, module.spacing)[0]
     return {
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "device": _device(module.device),
@@ -25,7 +27,7 @@ def provenance(module: Any) -> dict[str, Any]:
         "energy": module.energy.describe(),
         "guidance": module.describe()["guidance"],
         "schedule": {"length": len(schedule), "log_snr": [float(schedule.log_snr[-1]), float(schedule.log_snr[0])],
-                     "init_std": schedule.init_std},
+                     "start_std": schedule.start_std(first)},
         "chain": {"steps": module.steps, "eta": module.eta, "spacing": module.spacing, "clip": module.clip},
         "law": "p is the law of the discrete sampling chain at strength 0: this prior, steps, eta, clipping and precision",
     }  # fmt: skip

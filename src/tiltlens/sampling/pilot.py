@@ -107,7 +107,7 @@ def regression(u: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     guidance begins once and is not switched off again by chance. Negative slopes are taken for noise: zero. The residual variance
     of a zero slope is that of a: the unit cannot be read there.
     """
-    steps, count = u.shape
+    count = u.shape[1]
     uc, ac = u - u.mean(1, keepdim=True), a - a.mean()
     cov, var_u, var_a = (uc * ac).mean(1), uc.square().mean(1), ac.square().mean()
     pooled_cov, pooled_var = _pool(cov), _pool(var_u)
