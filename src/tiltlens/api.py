@@ -7,6 +7,7 @@
 
 import logging
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,5 +89,7 @@ def tilt(
         enable_progress_bar=False, accelerator=accelerator, devices=1, default_root_dir=str(folder),
         callbacks=[SamplingProgress(), writer],
     )  # fmt: skip
-    trainer.predict(module, datamodule=data, return_predictions=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning.*")
+        trainer.predict(module, datamodule=data, return_predictions=False)
     return Tilt(writer.folder)

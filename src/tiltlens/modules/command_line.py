@@ -126,6 +126,12 @@ def _subclasses(base: type) -> list[type]:
     return [c for c in below if not c.__name__.startswith("_") and c.__module__.startswith("tiltlens.")]
 
 
+def check_devices(devices: Any) -> None:
+    """Raises UserError for more devices than processors: on a CPU each would be a process of its own."""
+    if str(devices).isdigit() and int(devices) > (os.cpu_count() or 1):
+        raise UserError(f"trainer.devices = {devices}: this machine has {os.cpu_count()} processors")
+
+
 class CommandLine(LightningCLI):
     """`--out DIR` (default runs/NAME, NAME the config's stem), and near names for what is unknown.
 

@@ -1,6 +1,7 @@
 """The plan as a data module: batches of rows, ready for any number of ranks."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
@@ -42,6 +43,9 @@ class PlanData(LightningDataModule):
         for part in ([r for r in left if r.strength == 0], [r for r in left if r.strength > 0]):
             out += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
         return out
+
+    def transfer_batch_to_device(self, batch: list[Row], device: Any, dataloader_idx: int) -> list[Row]:
+        return batch  # names, not tensors
 
     def predict_dataloader(self) -> Iterable[list[Row]]:
         # an item is a whole batch, so that a distributed sampler deals out batches and never splits one; every rank gets

@@ -1,7 +1,6 @@
 """`sample.py`: LightningCLI over SamplingModule and PlanData, a run folder out."""
 
 import logging
-import os
 import sys
 import warnings
 from typing import Any, ClassVar
@@ -10,9 +9,8 @@ import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 
 from tiltlens.energies import Energy
-from tiltlens.errors import UserError
 from tiltlens.guidance import Guidance
-from tiltlens.modules.command_line import CommandLine
+from tiltlens.modules.command_line import CommandLine, check_devices
 from tiltlens.modules.plan_data import PlanData
 from tiltlens.modules.progress import SamplingProgress
 from tiltlens.modules.run_writer import RunFolderWriter
@@ -65,9 +63,7 @@ class SamplingCLI(CommandLine):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
-        devices = str(config["devices"])
-        if devices.isdigit() and int(devices) > (os.cpu_count() or 1):  # on CPU each would be a process
-            raise UserError(f"trainer.devices = {devices}: this machine has {os.cpu_count()} processors")
+        check_devices(config["devices"])
         config["callbacks"] = [
             *(config["callbacks"] or []),
             SamplingProgress(),

@@ -158,11 +158,6 @@ class SamplingModule(LightningModule):
         kept = kept or store.load_pilots(self.units)
         return kept
 
-    def transfer_batch_to_device(
-        self, batch: list[Row], device: torch.device, dataloader_idx: int
-    ) -> list[Row]:
-        return batch  # names, not tensors
-
     def predict_step(self, batch: list[Row], batch_idx: int) -> Samples | None:
         if not batch:  # of a rank, or a run, with nothing left to do
             return None

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from tiltlens.modules.command_line import CommandLine
+from tiltlens.modules.command_line import CommandLine, check_devices
 from tiltlens.modules.encoder_module import EncoderModule
 from tiltlens.modules.image_data import ImageFolderData
 from tiltlens.modules.prior_module import PriorModule
@@ -66,6 +66,7 @@ class TrainingCLI(CommandLine):
             ModelCheckpoint(every_n_epochs=1, save_on_train_epoch_end=True, **every),
         ]
         config = self._get(self.config_init, "trainer")
+        check_devices(config["devices"])
         config["callbacks"] = [*(config["callbacks"] or []), *checkpoints]
         config["default_root_dir"] = out
         if config["logger"] is None:
