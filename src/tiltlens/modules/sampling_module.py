@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from lightning import LightningModule, Trainer
 
 from tiltlens.energies import Energy, Linear
