@@ -35,7 +35,7 @@ class EncoderModule(LightningModule):
 
     optimizer: a name of timm.optim (adamw; muon: orthogonalised momentum for matrices, AdamW for the rest).
     learning_rate: the peak; warm-up over the share `warmup` of all steps, then a cosine to 0. degraded: the
-    share of images that the low-pass or the noise hits. Raises UserError for an unknown architecture or
+    share of images drawn for `degrade`. Raises UserError for an unknown architecture or
     arguments that it refuses.
     """
 

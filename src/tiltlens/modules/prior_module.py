@@ -157,4 +157,5 @@ def _start(
         if not (folder / part).is_file():
             raise UserError(f"model.init_from {folder}: expected a diffusers folder, found no {part}")
     unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True)
+    unet.register_to_config(_name_or_path=None)  # an export should not tell where on this machine it began
     return unet.float().train(), DDPMScheduler.from_pretrained(folder / "scheduler")
