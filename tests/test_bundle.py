@@ -6,7 +6,11 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tiltlens import load_encoder, load_prior
+from tiltlens import Linear, build_unit, load_encoder, load_prior
+from tiltlens.guidance import Calibrated
+from tiltlens.sampling.plan import Row
+from tiltlens.sampling.sampler import Sampler
+from tiltlens.units import UnitBank
 
 BUNDLE = Path(str(files("tiltlens"))) / "bundled"
 
@@ -41,3 +45,20 @@ def test_the_encoder_is_dinov3_in_miniature():
     assert encoder.input_size == (32, 32)
     assert len(encoder.class_names) == 10
     assert encoder.model.patch_embed.patch_size == (4, 4)
+
+
+def test_a_name_is_one_image_in_any_company():
+    """(unit, strength, seed) alone, by three, and among sixteen of other strengths and units: equal to 1e-4."""
+    prior = load_prior("bundled")
+    bank = UnitBank(
+        [build_unit("bundled,class=horse"), build_unit("bundled,layer=blocks.3,tokens=cls,channel=5")]
+    )
+    sampler = Sampler(prior, bank, Linear(), Calibrated(), steps=12)
+    sampler.calibrate(sampler.run_pilot(24, 24))
+    rows = [Row(i % 2, [0.0, 2.0, 8.0][i % 3], i) for i in range(16)]
+    together = sampler.sample(rows).images
+    alone = torch.cat([sampler.sample([r]).images for r in rows[:3]])
+    by_three = sampler.sample(rows[2::-1]).images.flip(0)
+    for name, other in (("alone", alone), ("by three, in reverse", by_three)):
+        worst = float((together[:3] - other).abs().max())
+        assert worst < 1e-4, f"{name}: images differ by {worst:.2g}"

@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EDMDPMSolverMultistepSchedul
 from prior_folders import ddim, ddpm, edm, flow, write_dit, write_ldm, write_pixel, write_text
 from safetensors.torch import load_file, save_file
 
+from tiltlens.batches import ROWS_ON_CPU
 from tiltlens.denoiser import NetworkDenoiser
 from tiltlens.priors import load_prior
 from tiltlens.priors.families import read_family
@@ -82,8 +83,8 @@ def test_the_exact_target_gives_back_x_0(name):
     scheduler = SCHEDULERS[name]
     family = read_family(scheduler)
     x_0, eps = (
-        normal(2, 3, 4, 4, seed=1, dtype=torch.float64),
-        normal(2, 3, 4, 4, seed=2, dtype=torch.float64),
+        normal(ROWS_ON_CPU, 3, 4, 4, seed=1, dtype=torch.float64),
+        normal(ROWS_ON_CPU, 3, 4, 4, seed=2, dtype=torch.float64),
     )
     seen = {}
     denoiser = NetworkDenoiser(
@@ -103,7 +104,9 @@ def test_the_exact_target_gives_back_x_0(name):
             "edm": sigma.log() / 4,
             "flow": sigma * scheduler.config.num_train_timesteps,
         }
-        torch.testing.assert_close(seen["time"], times[family.name].float().expand(2), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            seen["time"], times[family.name].float().expand(ROWS_ON_CPU), rtol=1e-5, atol=1e-5
+        )
         scale_in = 1 / (sigma**2 + d**2).sqrt() if family.name == "edm" else 1.0
         torch.testing.assert_close(seen["x"], x_t * scale_in)
 

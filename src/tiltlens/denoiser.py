@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from tiltlens.batches import in_equal_batches
 from tiltlens.schedule import Schedule
 
 
@@ -62,11 +63,14 @@ class NetworkDenoiser(Denoiser):
         self.autocast = autocast
 
     def forward(self, x_t: Tensor, t: int) -> Tensor:
-        time = torch.full((x_t.shape[0],), float(self.schedule.time[t]), device=x_t.device)
-        enabled = self.autocast is not None
-        with torch.autocast(x_t.device.type, self.autocast or torch.bfloat16, enabled=enabled):
-            f = self.network(x_t * float(self.scale_in[t]), time)
-        return float(self.skip[t]) * x_t + float(self.out[t]) * f.to(x_t.dtype)
+        def call(x: Tensor) -> Tensor:
+            time = torch.full((len(x),), float(self.schedule.time[t]), device=x.device)
+            enabled = self.autocast is not None
+            with torch.autocast(x.device.type, self.autocast or torch.bfloat16, enabled=enabled):
+                return self.network(x, time).to(x_t.dtype)
+
+        f = in_equal_batches(call, x_t * float(self.scale_in[t]))
+        return float(self.skip[t]) * x_t + float(self.out[t]) * f
 
 
 def parametrisation(name: str, schedule: Schedule, sigma_data: float = 0.5) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@
 import torch
 from torch import Tensor
 
+from tiltlens.batches import in_equal_batches
 from tiltlens.denoiser import NetworkDenoiser
 from tiltlens.errors import UserError
 from tiltlens.priors.families import Family, read_family
@@ -68,7 +69,7 @@ class DiffusersPrior(Prior):
 
     def decode(self, x_0: Tensor) -> Tensor:
         """State (B, *denoiser.shape) -> image (B, 3, H, W), about [-1, 1], unclipped. Differentiable."""
-        return self.codec.decode(x_0) if self.codec else x_0
+        return in_equal_batches(self.codec.decode, x_0) if self.codec else x_0
 
     def encode(self, images: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1] -> state (B, *denoiser.shape): posterior mean, or the image."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from tiltlens.batches import in_equal_batches
 from tiltlens.units.near import near
 from tiltlens.units.weights import fingerprint
 
@@ -118,6 +119,9 @@ class Encoder(nn.Module):
         """
         for layer in layers:
             self.require_layer(layer)
+        return in_equal_batches(lambda part: self._forward(part, layers), images)
+
+    def _forward(self, images: Tensor, layers: Sequence[str | None]) -> dict[str | None, Tensor]:
         found: dict[str | None, Tensor] = {}
         inner = {layer for layer in layers if layer is not None}
 

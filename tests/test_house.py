@@ -1,0 +1,72 @@
+"""The house: imports run one way, and the rooms of mathematics know nothing of Lightning or W&B."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import tiltlens
+
+ROOT = Path(tiltlens.__file__).parent
+GROUND = {"batches", "errors", "units", "energies", "run_folder", "run_tables", "constraint"}
+BELOW = {  # what each part may import, itself and the ground aside
+    "schedule": set(),
+    "denoiser": {"schedule"},
+    "priors": {"denoiser", "schedule"},
+    "guidance": {"priors", "denoiser", "schedule"},
+    "sampling": {"guidance", "priors", "denoiser", "schedule"},
+    "estimates": set(),
+    "report": set(),
+    "modules": {"report", "sampling", "guidance", "priors", "estimates", "denoiser", "schedule"},
+    "run_folder": set(),
+    "units": set(),
+}
+FOREIGN = {
+    "sampling": {"lightning", "wandb"},
+    "guidance": {"lightning", "wandb"},
+    "estimates": {"lightning", "wandb", "torch"},
+    "run_folder": {"lightning", "wandb", "torch"},
+    "priors": {"lightning", "wandb"},
+    "units": {"lightning", "wandb", "diffusers"},
+}
+
+
+def imports(part: str) -> set[str]:
+    """Dotted names imported anywhere in a part of the package, lazily or not."""
+    files = [ROOT / f"{part}.py"] if (ROOT / f"{part}.py").exists() else sorted((ROOT / part).glob("*.py"))
+    names = set()
+    for node in (n for f in files for n in ast.walk(ast.parse(f.read_text()))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("part", BELOW)
+def test_imports_run_one_way(part):
+    used = {name.split(".")[1] for name in imports(part) if name.startswith("tiltlens.")}
+    wrong = used - BELOW[part] - GROUND - {part}
+    assert not wrong, f"tiltlens.{part} imports tiltlens.{', tiltlens.'.join(sorted(wrong))}"
+
+
+@pytest.mark.parametrize("part", FOREIGN)
+def test_mathematics_stands_without(part):
+    wrong = {name.split(".")[0] for name in imports(part)} & FOREIGN[part]
+    assert not wrong, f"tiltlens.{part} imports {', '.join(sorted(wrong))}"
+
+
+def test_nothing_unpickles():
+    """No code may execute from a weight file."""
+    bad = []
+    for file in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "torch.load",
+                "pickle.load",
+                "pickle.loads",
+            ):
+                safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+                if not safe:
+                    bad.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert not bad, f"unsafe loading in {bad}"
