@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-ROWS_ON_CPU = 8
+ROWS_ON_CPU = 16
 ROWS_ELSEWHERE = 32  # an accelerator wants more to do at once
 
 Outputs = Tensor | dict[Hashable, Tensor]
