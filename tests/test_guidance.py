@@ -171,6 +171,27 @@ def test_a_guided_step_costs_one_forward_and_an_unguided_one_no_graph(name):
 
 
 @each
+@pytest.mark.parametrize("energy", [Linear(False), Target(1.0, 0.6, False)], ids=["linear", "target"])
+def test_log_psi_is_the_twist_whose_gradient_is_followed(name, energy):
+    """Central differences of log_psi along a direction give <g, direction>; on a Gaussian moment matching too. MPGD, which
+    takes no gradient through the denoiser, only hands over the value of DPS. Rows of strength 0 are not read."""
+    made, rows = bind(GUIDANCES[name](), GAUSSIAN, energy, [1.5, 0.0, 0.4], tables=pilot_tables(0.7, 0.2))
+    x, along, h = normal(3, 2), normal(3, 2, seed=1), 1e-4
+    out = shift(made, rows, GAUSSIAN, x)
+    assert out.reads.tolist() == [True, False, True], name
+    assert out.log_psi.dtype == torch.float64, name
+    if name == "mpgd":
+        dps, _ = bind(DPS(), GAUSSIAN, energy, [1.5, 0.0, 0.4])
+        torch.testing.assert_close(out.log_psi, shift(dps, rows, GAUSSIAN, x).log_psi)
+        return
+    up, down = (shift(made, rows, GAUSSIAN, x + k * h * along).log_psi for k in (1, -1))
+    here = step(GAUSSIAN)
+    g = out.shift * here.alpha / here.sigma**2
+    found, expected = ((up - down) / (2 * h))[out.reads], (g * along).sum(1)[out.reads]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5, msg=lambda e: f"{name}: {e}")
+
+
+@each
 def test_the_profile_scales_the_shift(name):
     x, full = normal(3, 2), None
     for profile, weight in [

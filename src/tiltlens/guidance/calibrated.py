@@ -61,8 +61,8 @@ class Calibrated(Guidance):
     def _row(self, table: Tensor, step: Step, rows: RowConstraint) -> Tensor:
         return table[rows.which.cpu(), step.number].to(rows.strength)
 
-    def active(self, step: Step, rows: RowConstraint) -> bool:
-        return super().active(step, rows) and bool((self._row(self._tables.slope, step, rows) != 0).any())
+    def reads(self, step: Step, rows: RowConstraint) -> Tensor:
+        return super().reads(step, rows) & (self._row(self._tables.slope, step, rows) != 0)
 
     def cotangent(self, clean: Tensor, step: Step, rows: RowConstraint, memory: Memory):
         slope = self._row(self._tables.slope, step, rows)
@@ -73,11 +73,12 @@ class Calibrated(Guidance):
         u = rows.argument(rows.read(views)).reshape(-1, len(clean)).mean(0)
         mean = intercept + slope * u.detach()
         mean.requires_grad_()
-        (force,) = torch.autograd.grad(rows.log_tilt(mean, variance).sum(), mean)
+        log_psi = rows.log_tilt(mean, variance)
+        (force,) = torch.autograd.grad(log_psi.sum(), mean)
         (h,) = torch.autograd.grad((force * u).sum(), clean)
         h, weight = self._remember(h, slope, step, memory)
         average = h / per_row(weight.clamp_min(1e-12), h)
-        return average, Memory(h, weight), lambda g, _: per_row(slope, g) * g
+        return average, Memory(h, weight), lambda g, _: (per_row(slope, g) * g, log_psi)
 
     def _remember(self, h: Tensor, slope: Tensor, step: Step, memory: Memory) -> tuple[Tensor, Tensor]:
         """The average begins, for each row, with the first step whose slope is not about zero."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tiltlens.constraint import RowConstraint
 from tiltlens.denoiser import Denoiser
-from tiltlens.guidance.guidance import Guidance, Guided, PilotTables, Step, clean_estimate
+from tiltlens.guidance.guidance import Guidance, PilotTables, Step
 from tiltlens.priors.mixture import GaussianMixture
 from tiltlens.units import Projection
 
@@ -29,12 +29,7 @@ class Exact(Guidance):
         self._directions = torch.tensor([list(u.direction) for u in units], dtype=torch.float64)
         self._mean, self._std = constraint.mean, constraint.std
 
-    def __call__(
-        self, denoiser: Denoiser, x_t: Tensor, step: Step, rows: RowConstraint, memory: Any
-    ) -> Guided:
-        if not self.active(step, rows):
-            with torch.no_grad():
-                return Guided(clean_estimate(denoiser, x_t, step.t, step.clip), None, memory)
+    def twist(self, denoiser: Denoiser, x_t: Tensor, step: Step, rows: RowConstraint, memory: Any):
         which = rows.which.cpu()
         direction, level = self._directions[which].to(x_t), rows.level
         if (
@@ -42,10 +37,9 @@ class Exact(Guidance):
         ):  # E reads (<w, x> - mean)/std: a Projection scaled by 1/std, its level shifted
             std, mean = self._std[which].to(x_t), self._mean[which].to(x_t)
             direction, level = direction / std[:, None], level + mean / std
-        with torch.inference_mode(False), torch.enable_grad():
-            leaf = x_t.detach().clone().requires_grad_()
-            posterior = denoiser.posterior(leaf, step.t)
-            log_psi = self._prior.log_psi(posterior, direction, rows.energy, rows.strength, level)
-            (g,) = torch.autograd.grad(log_psi.sum(), leaf)
-            x0_hat = denoiser.corrected(leaf, step.t, posterior).detach()
-        return Guided(x0_hat.clamp(-1, 1) if step.clip else x0_hat, self.shift(g, step, rows), memory)
+        leaf = x_t.detach().clone().requires_grad_()
+        posterior = denoiser.posterior(leaf, step.t)
+        log_psi = self._prior.log_psi(posterior, direction, rows.energy, rows.strength, level)
+        (g,) = torch.autograd.grad(log_psi.sum(), leaf)
+        x0_hat = denoiser.corrected(leaf, step.t, posterior)
+        return x0_hat.clamp(-1, 1) if step.clip else x0_hat, g, log_psi, memory

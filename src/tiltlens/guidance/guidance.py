@@ -6,7 +6,8 @@ leaves the variance of the base step alone. Any shift that is fixed before the s
 exact, so that methods differ only in how good their shift is.
 
 The common frame: one forward of the denoiser, whose graph serves the value and the vector-Jacobian product; a method
-says what cotangent d log psi / d x0_hat is pulled back. Nothing is ever normalised over the batch.
+says what cotangent d log psi / d x0_hat is pulled back, and hands over log psi itself, which particles weigh by.
+Nothing is ever normalised over the batch.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from tiltlens.denoiser import Denoiser
 from tiltlens.schedule import Schedule
 
 Profile = Callable[[float], float]
+After = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,15 @@ class Step:
 @dataclass(frozen=True)
 class Guided:
     """x0_hat (B, *shape): the *unguided* clean estimate. shift: what guidance adds to it, None for an unguided step.
-    memory: what the method carries to the next step, part of the state of the chain."""
+    memory: what the method carries to the next step, part of the state of the chain. log_psi (B,) float64: the method's
+    own twist at x_t, None for an unguided step; reads (B,) bool: the rows that it was taken for (None: all), the others
+    keep the twist of their last guided step. Any positive function is a valid twist, of the past path too."""
 
     x0_hat: Tensor
     shift: Tensor | None
     memory: Any = None
+    log_psi: Tensor | None = None
+    reads: Tensor | None = None
 
 
 @dataclass
@@ -110,25 +116,34 @@ class Guidance:
         """The memory of new trajectories."""
         return None
 
-    def active(self, step: Step, rows: RowConstraint) -> bool:
-        """False where no row would be shifted: the step then costs one forward, with no graph."""
-        return step.alpha > 1e-6 and self.weight(step) != 0 and bool((rows.strength > 0).any())
+    def reads(self, step: Step, rows: RowConstraint) -> Tensor:
+        """(B,) bool: the rows that this step guides. Where there is none, it costs one forward, with no graph."""
+        on = step.alpha > 1e-6 and self.weight(step) != 0
+        return (rows.strength > 0) & on
 
     def __call__(
         self, denoiser: Denoiser, x_t: Tensor, step: Step, rows: RowConstraint, memory: Any
     ) -> Guided:
         """One guided estimate; a single forward of the denoiser."""
-        if not self.active(step, rows):
+        reads = self.reads(step, rows)
+        if not bool(reads.any()):
             with torch.no_grad():
                 return Guided(clean_estimate(denoiser, x_t, step.t, step.clip), None, memory)
         with torch.inference_mode(False), torch.enable_grad():
-            leaf = x_t.detach().clone().requires_grad_()
-            x0_hat = clean_estimate(denoiser, leaf, step.t, step.clip)
-            clean = x0_hat.detach().clone().requires_grad_()
-            cotangent, memory, after = self.cotangent(clean, step, rows, memory)
-            (g,) = torch.autograd.grad(x0_hat, leaf, cotangent.to(x0_hat.dtype))
-        g = after(g, cotangent)
-        return Guided(x0_hat.detach(), self.shift(g, step, rows), memory)
+            x0_hat, g, log_psi, memory = self.twist(denoiser, x_t, step, rows, memory)
+        shift = self.shift(g, step, rows)
+        return Guided(x0_hat.detach(), shift, memory, log_psi.detach().double(), reads)
+
+    def twist(
+        self, denoiser: Denoiser, x_t: Tensor, step: Step, rows: RowConstraint, memory: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """x0_hat, g = grad log psi (B, *shape), log psi (B,), memory; called with gradients on."""
+        leaf = x_t.detach().clone().requires_grad_()
+        x0_hat = clean_estimate(denoiser, leaf, step.t, step.clip)
+        clean = x0_hat.detach().clone().requires_grad_()
+        cotangent, memory, after = self.cotangent(clean, step, rows, memory)
+        (g,) = torch.autograd.grad(x0_hat, leaf, cotangent.to(x0_hat.dtype))
+        return x0_hat, *after(g, cotangent), memory
 
     def shift(self, g: Tensor, step: Step, rows: RowConstraint) -> Tensor:
         """(sigma_t^2 / alpha_t) g, times the profile; exactly zero where the strength is."""
@@ -137,8 +152,9 @@ class Guidance:
 
     def cotangent(
         self, clean: Tensor, step: Step, rows: RowConstraint, memory: Any
-    ) -> tuple[Tensor, Any, Callable[[Tensor, Tensor], Tensor]]:
-        """clean: x0_hat as a leaf -> (d log psi / d x0_hat, memory, what remains to be done to g after the pull-back)."""
+    ) -> tuple[Tensor, Any, After]:
+        """clean: x0_hat as a leaf -> (d log psi / d x0_hat, memory, after), where after(pulled-back cotangent, cotangent)
+        is (g, log psi)."""
         raise NotImplementedError
 
     def describe(self) -> dict:
@@ -150,8 +166,9 @@ class Guidance:
         return {"class": type(self).__name__, **plain}
 
 
-def unchanged(g: Tensor, cotangent: Tensor) -> Tensor:
-    return g
+def unchanged(log_psi: Tensor) -> After:
+    """The pulled-back cotangent is g already."""
+    return lambda g, _: (g, log_psi)
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:

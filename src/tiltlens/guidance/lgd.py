@@ -30,4 +30,4 @@ class LGD(Guidance):
         u = rows.argument(a).reshape(self.samples, -1)
         log_psi = rows.log_tilt(u, 0.0).logsumexp(0) - math.log(self.samples)
         (h,) = torch.autograd.grad(log_psi.sum(), clean)
-        return h, memory, unchanged
+        return h, memory, unchanged(log_psi)

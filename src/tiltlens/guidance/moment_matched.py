@@ -21,11 +21,11 @@ class MomentMatched(Guidance):
         u = rows.argument(rows.read(rows.decode(clean)))
         (jacobian,) = torch.autograd.grad(u.sum(), clean)
 
-        def scale(v: Tensor, jacobian: Tensor) -> Tensor:
+        def scale(v: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor]:
             w = (jacobian * v).flatten(1).sum(1).clamp_min(0) * (step.sigma**2 / step.alpha)
-            with torch.inference_mode(False), torch.enable_grad():
-                mean = u.detach().clone().requires_grad_()
-                (force,) = torch.autograd.grad(rows.log_tilt(mean, w.detach().clone()).sum(), mean)
-            return per_row(force, v) * v
+            mean = u.detach().clone().requires_grad_()
+            log_psi = rows.log_tilt(mean, w.detach().clone())
+            (force,) = torch.autograd.grad(log_psi.sum(), mean)
+            return per_row(force, v) * v, log_psi
 
         return jacobian, memory, scale

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tiltlens.constraint import RowConstraint
 from tiltlens.denoiser import Denoiser
-from tiltlens.guidance.guidance import Guidance, Guided, Step, clean_estimate, clean_spread
+from tiltlens.guidance.guidance import Guidance, Step, clean_estimate, clean_spread
 
 
 class MPGD(Guidance):
@@ -22,17 +22,13 @@ class MPGD(Guidance):
             raise ValueError(f"MPGD needs sigma_data > 0, found {sigma_data}")
         self.sigma_data = sigma_data
 
-    def __call__(
-        self, denoiser: Denoiser, x_t: Tensor, step: Step, rows: RowConstraint, memory: Any
-    ) -> Guided:
+    def twist(self, denoiser: Denoiser, x_t: Tensor, step: Step, rows: RowConstraint, memory: Any):
         with torch.no_grad():
             x0_hat = clean_estimate(denoiser, x_t, step.t, step.clip)
-        if not self.active(step, rows):
-            return Guided(x0_hat, None, memory)
-        with torch.inference_mode(False), torch.enable_grad():
-            clean = x0_hat.detach().clone().requires_grad_()
-            u = rows.argument(rows.read(rows.decode(clean)))
-            (h,) = torch.autograd.grad(rows.log_tilt(u, 0.0).sum(), clean)
+        clean = x0_hat.detach().clone().requires_grad_()
+        u = rows.argument(rows.read(rows.decode(clean)))
+        log_psi = rows.log_tilt(u, 0.0)
+        (h,) = torch.autograd.grad(log_psi.sum(), clean)
         # r_t^2 h stands for (sigma^2 / alpha) g, so that profile and the mask of strengths stay in one place
         g = h * (clean_spread(step, self.sigma_data) ** 2 * step.alpha / step.sigma**2)
-        return Guided(x0_hat, self.shift(g, step, rows), memory)
+        return x0_hat, g, log_psi, memory
