@@ -80,9 +80,24 @@ class Chain:
         guidance: Guidance | None = None, rows: RowConstraint | None = None,
     ) -> tuple[State, Info]:  # fmt: skip
         """One step; guidance and rows come together or not at all."""
+        return self.move(state, number, self.estimate(state, number, noise, guidance, rows), noise)
+
+    def estimate(
+        self, state: State, number: int, noise: Noise,
+        guidance: Guidance | None = None, rows: RowConstraint | None = None,
+    ) -> Guided:  # fmt: skip
+        """The first half of a step, all of its network calls: the clean estimate at x_t, its shift and the twist there.
+        The last step is not guided."""
+        t = self.indices[number]
+        if guidance is None or number == len(self) - 1:
+            with torch.no_grad():
+                return Guided(clean_estimate(self.denoiser, state.x, t, self.clip), None, state.memory)
+        where = Step(number, t, self.denoiser.schedule, self.clip, lambda k: noise.draw("twist", k))
+        return guidance(self.denoiser, state.x, where, rows, state.memory)
+
+    def move(self, state: State, number: int, guided: Guided, noise: Noise) -> tuple[State, Info]:
+        """The second half: draw x_r. state and guided may be re-indexed in between, both alike."""
         t, c = self.indices[number], self.coefficients[number]
-        last = number == len(self) - 1
-        guided = self._estimate(state, number, t, noise, None if last else guidance, rows)
         x = c.x0 * guided.x0_hat + c.x * state.x
         zero = torch.zeros_like(state.path_kl)
         path_kl, norm, log_dpdq = zero, zero, state.log_dpdq
@@ -107,21 +122,6 @@ class Chain:
             norm,
         )
         return State(x, log_dpdq, state.path_kl + path_kl, guided.memory), info
-
-    def _estimate(
-        self,
-        state: State,
-        number: int,
-        t: int,
-        noise: Noise,
-        guidance: Guidance | None,
-        rows: RowConstraint | None,
-    ) -> Guided:
-        if guidance is None:
-            with torch.no_grad():
-                return Guided(clean_estimate(self.denoiser, state.x, t, self.clip), None, state.memory)
-        where = Step(number, t, self.denoiser.schedule, self.clip, lambda k: noise.draw("twist", k))
-        return guidance(self.denoiser, state.x, where, rows, state.memory)
 
     def run(
         self, noise: Noise, guidance: Guidance | None = None, rows: RowConstraint | None = None

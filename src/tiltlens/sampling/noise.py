@@ -1,9 +1,10 @@
 """Noise by name: one generator for each sample and stream.
 
-A sample is named by its seed; its noise comes from independent streams (start, step, twist, resampling), each a
-generator of its own seeded by a hash of (domain, seed, stream). So the same name gives the same noise whatever the
-batch, its order, the number of ranks or a resume; and as unit and strength are left out of the name, one seed is one
-scene over a whole sweep. The pilot lives in a domain of its own: its noise is independent of every sample's.
+A sample is named by its seed; its noise comes from independent streams (start, step, twist, resampling, and for a walk
+in noise space proposal and accept), each a generator of its own seeded by a hash of (domain, seed, stream). So the same
+name gives the same noise whatever the batch, its order, the number of ranks or a resume; and as unit and strength are
+left out of the name, one seed is one scene over a whole sweep. The pilot and the burn-in live in domains of their own:
+their noise is independent of every sample's.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-STREAMS = ("start", "step", "twist", "resampling")
+STREAMS = ("start", "step", "twist", "resampling", "proposal", "accept")
 BLOCK = 4096  # numbers drawn at once: small states would otherwise spend their time in calls of the generator
 
 
@@ -46,6 +47,13 @@ class Noise:
         """The next draw (B, *shape), or the next `count` of them, (B, count, *shape)."""
         drawn = [self._next(stream) for _ in range(1 if count is None else count)]
         return drawn[0] if count is None else torch.stack(drawn, 1)
+
+    def uniform(self, stream: str, rows: Sequence[int]) -> Tensor:
+        """The next number uniform in [0, 1) of each of these rows' own streams, (len(rows),) float64; the streams of the
+        others stay where they are. A stream is read by `draw` or by `uniform`, never by both."""
+        generators = self._stream(stream)
+        drawn = [torch.rand(1, dtype=torch.float64, generator=generators[i]) for i in rows]
+        return torch.cat(drawn).to(self.device) if drawn else torch.empty(0, dtype=torch.float64)
 
     def _next(self, stream: str) -> Tensor:
         ready = self._ready.get(stream)

@@ -1,7 +1,6 @@
 """From rows to samples: prior, units, chain, guidance and pilot put together; no Lightning here."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from tiltlens.energies import Energy
 from tiltlens.guidance.guidance import Guidance
 from tiltlens.priors.prior import Prior
 from tiltlens.sampling.chain import Chain
-from tiltlens.sampling.noise import Noise
+from tiltlens.sampling.chain_sampler import ChainSampler, Independent, Parts, Samples
 from tiltlens.sampling.pilot import UnitPilot, run_pilot, tables
 from tiltlens.sampling.plan import Row
 from tiltlens.schedule import step_indices
@@ -19,32 +18,17 @@ from tiltlens.units.bank import UnitBank
 from tiltlens.units.calibration import Natural
 
 
-@dataclass(frozen=True)
-class Samples:
-    """A batch of finished rows, on the CPU. images (B, 3, H, W) in [-1, 1], or vectors (B, d). activation, z, energy,
-    log_w, path_kl, clipped (B,) float64; log_w and path_kl are None at eta = 0. finite (B,) bool. The per-step
-    guidance_norm and step_kl are (B, steps)."""
-
-    rows: list[Row]
-    images: Tensor
-    activation: Tensor
-    z: Tensor
-    energy: Tensor
-    log_w: Tensor | None
-    path_kl: Tensor | None
-    clipped: Tensor
-    finite: Tensor
-    guidance_norm: Tensor
-    step_kl: Tensor
-
-
 class Sampler:
-    """prior, bank, energy, guidance: as built. steps, eta, spacing, clip: the chain. device: where it runs."""
+    """prior, bank, energy, guidance: as built. steps, eta, spacing, clip: the chain. device: where it runs. method: what is
+    done with the chain, `Independent` by default."""
 
     def __init__(
         self, prior: Prior, bank: UnitBank, energy: Energy, guidance: Guidance, steps: int = 50, eta: float = 1.0,
         spacing: str = "log-snr", clip: bool = False, device: torch.device | str = "cpu",
+        method: ChainSampler | None = None,
     ):  # fmt: skip
+        self.method = method or Independent()
+        self.method.check(eta)
         self.prior, self.bank, self.energy, self.guidance = (
             prior.to(device),
             bank.to(device),
@@ -89,42 +73,11 @@ class Sampler:
         self.guidance.prepare(regression, self.prior, self.constraint)
 
     def sample(self, rows: Sequence[Row], progress: Callable[[int, int], None] | None = None) -> Samples:
-        """Run the chain for these rows as one batch; progress(step, steps)."""
+        """Sample these rows as one batch, in whole groups where the method has groups; progress(step, steps)."""
         if self.constraint is None:
             raise RuntimeError("calibrate the sampler before sampling")
-        which = torch.tensor([r.unit for r in rows], device=self.device)
-        strength = torch.tensor([r.strength for r in rows], dtype=self.dtype, device=self.device)
-        bound = self.constraint.rows(which, strength)
-        noise = Noise([r.seed for r in rows], self.chain.denoiser.shape, self.device, self.dtype)
-        guidance = self.guidance if bool((strength > 0).any()) else None
-        norms, kls = [], []
-        for state, info in self.chain.run(noise, guidance, bound):  # noqa: B007
-            norms.append(info.guidance_norm)
-            kls.append(info.path_kl)
-            if progress:
-                progress(info.number + 1, len(self.chain))
-        with torch.no_grad():
-            images = self.prior.decode(state.x)
-            a = bound.read(images)
-        return self._finish(list(rows), images, a, bound, state, torch.stack(norms, 1), torch.stack(kls, 1))
-
-    def _finish(self, rows, images, a, bound, state, norms, kls) -> Samples:
-        a = a.double()
-        energy = bound.energy_of(a.to(bound.strength)).double()
-        log_w = -bound.strength.double() * energy + state.log_dpdq
-        path_kl: Tensor | None = state.path_kl
-        if self.chain.eta == 0:
-            log_w = path_kl = None
-        flat = images.double().flatten(1)
-        finite = torch.isfinite(flat).all(1) & torch.isfinite(a) & torch.isfinite(energy)
-        if log_w is not None:
-            finite &= torch.isfinite(log_w) & torch.isfinite(path_kl)
-        clipped = (flat.abs() > 1.0).double().mean(1) if self.prior.images else torch.zeros_like(a)
-        cpu = lambda x: None if x is None else x.detach().cpu()  # noqa: E731
-        return Samples(
-            rows, cpu(images), cpu(a), cpu(bound.standardise(a.to(bound.strength)).double()), cpu(energy), cpu(log_w),
-            cpu(path_kl), cpu(clipped), cpu(finite), cpu(norms), cpu(kls),
-        )  # fmt: skip
+        parts = Parts(self.prior, self.chain, self.constraint, self.guidance, self.device, self.dtype)
+        return self.method.run(parts, rows, progress)
 
 
 def _lenient(unit, members: Tensor) -> Natural:
