@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -51,13 +52,34 @@ def test_rows_and_steps_come_back_the_same_before_and_after_consolidation(tmp_pa
     for _ in range(2):
         columns = expected[0].keys()
         assert [{c: r[c] for c in columns} for r in folder.samples().to_pylist()] == expected
-        assert folder.steps().to_pylist() == [
-            s for r in expected for s in steps(r["unit"], r["strength"], r["seed"])
-        ]
+        given = [s for r in expected for s in steps(r["unit"], r["strength"], r["seed"])]
+        assert [{c: s[c] for c in given[0]} for s in folder.steps().to_pylist()] == given
         assert folder.done() == {(r["unit"], r["strength"], r["seed"]) for r in rows}
         folder.consolidate()
     assert pq.read_table(tmp_path / "samples.parquet").equals(folder.samples())
     assert not (tmp_path / "parts").exists()
+
+
+def test_a_folder_from_before_a_column_was_added_is_read_with_nulls(tmp_path):
+    """Whole and in parts; and it goes on."""
+    folder, new = RunFolder(tmp_path), {"group", "weight", "copies", "ess", "ancestors"}
+    folder.write_part([row()], steps())
+    folder.consolidate()
+    folder.write_part([row(seed=1)], steps(seed=1))
+    for path in (tmp_path / "samples.parquet", tmp_path / "steps.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.drop_columns([c for c in table.column_names if c in new]), path)
+    (part,) = (tmp_path / "parts").iterdir()
+    table = pq.read_table(part)
+    kept = [[{k: v for k, v in s.items() if k not in new} for s in r] for r in table["steps"].to_pylist()]
+    old = table.drop_columns([c for c in table.column_names if c in new or c == "steps"])
+    pq.write_table(old.append_column("steps", pa.array(kept)), part)
+    for _ in range(2):
+        assert [(r["seed"], r["copies"]) for r in folder.samples().to_pylist()] == [(0, None), (1, None)]
+        assert [(s["step"], s["ess"]) for s in folder.steps().to_pylist()] == [
+            (k, None) for k in range(3)
+        ] * 2
+        folder.consolidate()
 
 
 def test_a_folder_of_nothing_is_done_with_nothing(tmp_path):

@@ -25,8 +25,15 @@ SAMPLES = _schema(
     "unit:string strength seed:int64 activation energy finite:bool",
     "z log_w path_kl clipped seconds",
     pa.field("image", pa.string()),
+    pa.field(
+        "group", pa.int64()
+    ),  # particles: the first seed of the row's group; these three are null for other rows
+    pa.field("weight", pa.float64()),  # its share in the group
+    pa.field("copies", pa.int64()),  # how often it stands in the group's equally weighted output
 )
-STEPS = _schema("unit:string strength seed:int64 step:int64 t:int64", "log_snr guidance_norm path_kl_step")
+STEPS = _schema(
+    "unit:string strength seed:int64 step:int64 t:int64", "log_snr guidance_norm path_kl_step ess ancestors"
+)
 CURVE = _schema(
     "unit:string strength n:int64",
     "activation_mean activation_se z_mean z_se energy_mean energy_se path_kl path_kl_se kl_lower kl_lower_se "
@@ -89,15 +96,24 @@ def steps_of(part: pa.Table) -> pa.Table:
     parents = np.repeat(np.arange(part.num_rows), pc.list_value_length(part["steps"]).to_numpy())
     steps = part["steps"].chunks
     flat = pa.Table.from_batches(
-        [pa.RecordBatch.from_struct_array(chunk.flatten()) for chunk in steps], pa.schema(list(_STEP))
+        [pa.RecordBatch.from_struct_array(chunk.flatten()) for chunk in steps],
+        pa.schema(list(part.schema.field("steps").type.value_type)),
     )
     named = part.select(list(KEY)).take(parents)
-    return pa.table({**{k: named[k] for k in KEY}, **{f.name: flat[f.name] for f in _STEP}}).cast(STEPS)
+    return conform(pa.table({**{k: named[k] for k in KEY}, **{k: flat[k] for k in flat.column_names}}), STEPS)
+
+
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns of the schema, and no others; one that may be null and that an older file does not have is null."""
+    for field in schema:
+        if field.nullable and field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+    return table.select(schema.names).cast(schema)
 
 
 def merge(tables: Iterable[pa.Table], schema: pa.Schema, key: tuple[str, ...]) -> pa.Table:
     """All rows, sorted by key, each key once; among equal keys the row of the last table stays."""
-    table = pa.concat_tables([schema.empty_table(), *(t.select(schema.names).cast(schema) for t in tables)])
+    table = pa.concat_tables([schema.empty_table(), *(conform(t, schema) for t in tables)])
     ranks = np.stack([np.unique(table[k].to_numpy(), return_inverse=True)[1] for k in key])
     order = np.lexsort(ranks[::-1])  # a stable sort: among equals, later rows stay later
     last = np.ones(len(order), dtype=bool)

@@ -14,7 +14,8 @@ class PlanData(LightningDataModule):
 
     strengths: s of q_s ~ p exp(-s E), each finite and >= 0; 0 is the prior. n: samples for each unit and strength.
     seed: the first of n consecutive seeds. batch_size: rows run at once, of any strength and unit; it never changes
-    an image. Networks are called with 16 rows at once (32 on an accelerator): multiples of that waste nothing.
+    an image. Networks are called with 16 rows at once (32 on an accelerator): multiples of that waste nothing. A sampler
+    that works in groups makes batches of whole groups, the first from `seed` on: batch_size is rounded up to them.
     """
 
     def __init__(
@@ -26,22 +27,38 @@ class PlanData(LightningDataModule):
             if value < 1:
                 raise ValueError(f"data.{name} = {value}: expected a whole number >= 1")
         self.n, self.seed, self.batch_size = n, seed, batch_size
-        self.units = 1
+        self.units, self.group_size = 1, 1
         self.skip: set[Row] = set()
+
+    def set_groups(self, size: int) -> None:
+        """Rows of a unit and strength are sampled in groups of `size`. Raises ValueError unless n is a multiple of it."""
+        if self.n % size:
+            fits = [str(k) for k in (self.n // size * size, -(-self.n // size) * size) if k]
+            raise ValueError(
+                f"data.n = {self.n}: the sampler takes groups of {size} rows of each unit and strength, expected a multiple "
+                f"of {size}; {' or '.join(fits)} fits"
+            )
+        self.group_size = size
 
     def rows(self) -> list[Row]:
         """The whole plan."""
         return plan(self.units, self.strengths, self.n, self.seed)
 
     def remaining(self) -> list[Row]:
-        return [r for r in self.rows() if r not in self.skip]
+        """What is left to do; a group of which any member is missing is done again as a whole."""
+        rows = self.rows()
+        groups = {self._group(r) for r in rows if r not in self.skip}
+        return [r for r in rows if self._group(r) in groups]
+
+    def _group(self, row: Row) -> tuple[int, float, int]:
+        return row.unit, row.strength, (row.seed - self.seed) // self.group_size
 
     def batches(self) -> list[list[Row]]:
         """What is left to do, unguided rows apart from guided ones: the former need no graph."""
-        left = self.remaining()
-        out = []
+        left, out = self.remaining(), []
+        size = -(-self.batch_size // self.group_size) * self.group_size
         for part in ([r for r in left if r.strength == 0], [r for r in left if r.strength > 0]):
-            out += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+            out += [part[i : i + size] for i in range(0, len(part), size)]
         return out
 
     def transfer_batch_to_device(self, batch: list[Row], device: Any, dataloader_idx: int) -> list[Row]:

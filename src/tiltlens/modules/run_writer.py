@@ -23,7 +23,8 @@ from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Samples
 from tiltlens.units import Unit
 
-STEP_SEEDS = 64  # seeds of each (unit, strength) whose single steps are kept: enough for a mean, and no flood
+STEP_SEEDS = 64  # seeds of each (unit, strength) whose single steps are kept: enough for a mean, and no flood; of groups,
+# the first rows of so many besides
 
 
 class PilotStore:
@@ -72,7 +73,8 @@ class RunFolderWriter(Callback):
         data.units = len(pl_module.units)
         index = {u.name: i for i, u in enumerate(pl_module.units)}
         data.skip = {Row(index[u], s, k) for u, s, k in self.folder.done() if u in index}
-        self.reused = len([r for r in data.rows() if r in data.skip])
+        data.set_groups(pl_module.method.group_size)
+        self.reused = len(data.rows()) - len(data.remaining())
         pl_module.pilot_store = PilotStore(self.folder)
 
     def open(self, module: SamplingModule, data: Any) -> None:
@@ -81,6 +83,7 @@ class RunFolderWriter(Callback):
         if self._open:
             return
         module.load()
+        data.set_groups(module.method.group_size)
         self._open = True
         identity = {**module.describe(), "seed": data.seed}
         plan = self._grown_plan(data)
@@ -132,6 +135,9 @@ class RunFolderWriter(Callback):
                 "log_w": None if outputs.log_w is None else float(outputs.log_w[i]),
                 "path_kl": None if outputs.path_kl is None else float(outputs.path_kl[i]),
                 "clipped": float(outputs.clipped[i]), "finite": bool(outputs.finite[i]), "image": image,
+                "group": None if outputs.group is None else int(outputs.group[i]),
+                "weight": None if outputs.weight is None else float(outputs.weight[i]),
+                "copies": None if outputs.copies is None else int(outputs.copies[i]),
                 "seconds": seconds / len(outputs.rows),
             })  # fmt: skip
             steps += [
@@ -139,9 +145,11 @@ class RunFolderWriter(Callback):
                     "unit": names[row.unit], "strength": row.strength, "seed": row.seed, "step": k, "t": t,
                     "log_snr": float(chain.log_snr[k]), "guidance_norm": float(outputs.guidance_norm[i, k]),
                     "path_kl_step": float(outputs.step_kl[i, k]),
+                    "ess": None if outputs.ess is None else float(outputs.ess[i, k]),
+                    "ancestors": None if outputs.ancestors is None else float(outputs.ancestors[i, k]),
                 }
                 for k, t in enumerate(chain.indices)
-                if row.seed < trainer.datamodule.seed + STEP_SEEDS
+                if _keeps_steps(row.seed - trainer.datamodule.seed, trainer.datamodule.group_size)
             ]  # fmt: skip
         self.folder.write_part(rows, steps)
 
@@ -174,6 +182,11 @@ class RunFolderWriter(Callback):
             raise RuntimeError(
                 f"{len(missing)} rows of the plan are missing from {self.folder.path}; run the same command again"
             )
+
+
+def _keeps_steps(number: int, group_size: int) -> bool:
+    """number: of the row among its (unit, strength)."""
+    return number < STEP_SEEDS or (number % group_size == 0 and number // group_size < STEP_SEEDS)
 
 
 def to_uint8(image: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from tiltlens.modules.run_writer import RunFolderWriter
 from tiltlens.modules.sampling_module import SamplingModule
 from tiltlens.modules.wandb_curve import WandbCurve, place_wandb
 from tiltlens.priors import Prior
+from tiltlens.sampling import ChainSampler
 from tiltlens.units import Unit
 
 LOGGER = {
@@ -38,6 +39,7 @@ class SamplingCLI(CommandLine):
         "model.unit": Unit,
         "model.energy": Energy,
         "model.guidance": Guidance,
+        "model.sampler": ChainSampler,
     }
 
     def __init__(self, args: list[str] | None = None):

@@ -15,6 +15,7 @@ from tiltlens.energies import Energy, Linear
 from tiltlens.guidance import Calibrated, Guidance
 from tiltlens.priors import load_prior
 from tiltlens.priors.prior import Prior
+from tiltlens.sampling import ChainSampler, Independent
 from tiltlens.sampling.natural_images import read_natural_members
 from tiltlens.sampling.pilot import UnitPilot
 from tiltlens.sampling.plan import Row
@@ -29,8 +30,8 @@ class SamplingModule(LightningModule):
     """Samples q_s(x) ~ p(x) exp(-s E(a(x))) for one or several units.
 
     prior: "bundled", a diffusers folder or hub name, or a Prior. unit: an address, its keys as a mapping, a Unit, or a
-    list of these. energy: the soft constraint, Linear by default. guidance: Calibrated by default. steps: network calls
-    of a sample. eta: 0 (deterministic; no KL) to 1 (ancestral). spacing: of the steps, log-snr or index. clip: clamp clean
+    list of these. energy: the soft constraint, Linear by default. guidance: Calibrated by default. sampler: Independent
+    rows by default; Particles for weighted groups of rows and an unbiased Z. steps: network calls of a sample. eta: 0 (deterministic; no KL) to 1 (ancestral). spacing: of the steps, log-snr or index. clip: clamp clean
     estimates to [-1, 1] in base and guided law. pilot: unguided trajectories for calibration, 0 for none. natural: an
     image folder that says what is natural, in place of the pilot's samples. precision: of the prior's network,
     float32 or bfloat16. prompt: for text-conditional priors.
@@ -42,6 +43,7 @@ class SamplingModule(LightningModule):
         unit: Unit | str | dict[str, Any] | list[Unit | str | dict[str, Any]] = "bundled,class=horse",
         energy: Energy | None = None,
         guidance: Guidance | None = None,
+        sampler: ChainSampler | None = None,
         steps: int = 50,
         eta: float = 1.0,
         spacing: str = "log-snr",
@@ -63,6 +65,8 @@ class SamplingModule(LightningModule):
                 f"model.pilot = {pilot}: expected 0 (none) or at least 8 trajectories to regress on"
             )
         self.energy, self.guidance = energy or Linear(), guidance or Calibrated()
+        self.method = sampler or Independent()
+        self.method.check(eta)
         if pilot == 0 and self.guidance.needs_pilot:
             raise ValueError(
                 f"model.pilot = 0, but {type(self.guidance).__name__} guidance needs a pilot: set pilot >= 8"
@@ -132,6 +136,7 @@ class SamplingModule(LightningModule):
             self.spacing,
             self.clip,
             self.device,
+            self.method,
         )
         start = time.perf_counter()
         pilots = self._pilots() if self.pilot else None
@@ -171,6 +176,7 @@ class SamplingModule(LightningModule):
             "unit_sha256": {u.name: u.fingerprint for u in self.units},
             "energy": {"class": type(self.energy).__name__, **vars(self.energy)},
             "guidance": self.guidance.describe(),
+            "sampler": self.method.describe(),
             "chain": {"steps": self.steps, "eta": self.eta, "spacing": self.spacing, "clip": self.clip},
             "pilot": self.pilot, "natural": self.natural, "precision": self.precision, "prompt": self.prompt,
         }  # fmt: skip

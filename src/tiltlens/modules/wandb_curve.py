@@ -2,7 +2,8 @@
 
 For each (unit, schedule), under the prefix UNIT/SCHEDULE: one history row a strength, in order of strength, with exact
 metric names that have the strength as their x axis; grids of images on fixed seeds, strength 0 first; histograms; the
-norm of the guidance at each step against log-SNR; and one sortable table of samples.
+norm of the guidance at each step against log-SNR, and with particles their ESS and unique ancestors; and one sortable
+table of samples. Of particles, pictures and histograms show the equally weighted output.
 """
 
 from pathlib import Path
@@ -19,6 +20,7 @@ from tiltlens.modules.results import columns
 from tiltlens.modules.sampling_module import SamplingModule
 from tiltlens.report import grid
 from tiltlens.run_folder import RunFolder
+from tiltlens.sampling import Independent
 
 CURVE = (
     "activation_mean", "activation_se", "z_mean", "z_se", "energy_mean", "energy_se", "path_kl", "path_kl_se", "kl_lower",
@@ -46,7 +48,7 @@ class WandbCurve(Callback):
             mine = {k: v[samples["unit"] == unit.name] for k, v in samples.items()}
             rows = [r for r in folder.read_summary()["rows"] if r["unit"] == unit.name]
             log_curve(run, prefix, rows, mine, folder)
-            log_steps(run, prefix, folder, unit.name)
+            log_steps(run, prefix, folder, unit.name, mine["group"])
             if pl_module.prior.images:
                 run.log(
                     {
@@ -79,7 +81,11 @@ def place_wandb(logger: WandbLogger, out: Path) -> None:
 
 def schedule_name(module: SamplingModule) -> str:
     """Guidance and chain, in a word: what tells two schedules of one unit apart."""
-    return f"{type(module.guidance).__name__.lower()}-{module.steps}-eta{module.eta:g}"
+    name = f"{type(module.guidance).__name__.lower()}-{module.steps}-eta{module.eta:g}"
+    if isinstance(module.method, Independent):
+        return name
+    group = module.method.group_size
+    return f"{name}-{type(module.method).__name__.lower()}{group if group > 1 else ''}"
 
 
 def log_curve(
@@ -91,14 +97,12 @@ def log_curve(
     names = [*CURVE, *(f"activation_q{q:g}" for q in QUANTILES)]
     for name in names:
         run.define_metric(f"{prefix}/{name}", step_metric=x, step_sync=False)
-    seeds = sorted(set(samples["seed"].tolist()))[
-        : max(1, min(16, IMAGES_A_KEY // len(rows)))
-    ]  # every strength is shown
+    copies = np.nan_to_num(np.asarray(samples["copies"], float), nan=1).astype(int)
     for row in sorted(rows, key=lambda r: r["strength"]):
         entry: dict[str, Any] = {x: row["strength"]}
         entry |= {f"{prefix}/{k}": row[k] for k in CURVE if row.get(k) is not None}
         here = (samples["strength"] == row["strength"]) & samples["finite"]
-        a = samples["activation"][here]
+        a = np.repeat(samples["activation"][here], copies[here])
         if len(a):
             entry |= {f"{prefix}/activation_q{q:g}": float(np.quantile(a, q)) for q in QUANTILES}
             entry[f"{prefix}/activation"] = wandb.Histogram(a)
@@ -106,33 +110,48 @@ def log_curve(
     images = [
         wandb.Image(
             str(folder.path / samples["image"][i]),
-            caption=f"strength {samples['strength'][i]:g}, seed {samples['seed'][i]}",
+            caption=f"strength {samples['strength'][i]:g}, seed {samples['seed'][i]}"
+            + (f", {copies[i]} copies" if copies[i] > 1 else ""),
         )
-        for i in np.lexsort((samples["seed"], samples["strength"]))
-        if samples["image"][i] is not None and samples["seed"][i] in seeds
+        for i in _shown(
+            samples, copies, max(1, min(16, IMAGES_A_KEY // len(rows)))
+        )  # every strength is shown
     ]
     if images:
         run.log({f"{prefix}/images": images[:IMAGES_A_KEY]})
 
 
-def log_steps(run: Any, prefix: str, folder: RunFolder, unit: str) -> None:
-    """The mean norm of the guidance at each step, a metric a strength, against log-SNR and t."""
+def _shown(samples: dict[str, np.ndarray], copies: np.ndarray, each: int) -> list[int]:
+    """Rows in order of strength and seed: of each strength the first that have a picture and a copy in the output."""
+    shown: dict[float, list[int]] = {}
+    for i in np.lexsort((samples["seed"], samples["strength"])):
+        if samples["image"][i] is not None and copies[i] > 0:
+            shown.setdefault(samples["strength"][i], []).append(i)
+    return [i for rows in shown.values() for i in rows[:each]]
+
+
+def log_steps(run: Any, prefix: str, folder: RunFolder, unit: str, groups: np.ndarray) -> None:
+    """At each step, a metric a strength, against log-SNR and t: the mean norm of the guidance, its KL and, of groups of
+    particles (groups: their seeds), the mean ESS and number of unique ancestors."""
     steps = columns(folder.steps())
     mine = {k: v[steps["unit"] == unit] for k, v in steps.items()}
     strengths = [s for s in sorted(set(mine["strength"].tolist())) if s > 0]
     x = f"{prefix}/log_snr"
     run.define_metric(x)
     run.define_metric(f"{prefix}/t", step_metric=x, step_sync=False)
+    of = dict.fromkeys(("guidance_norm", "path_kl_step"), np.ones(len(mine["step"]), bool))
+    first = np.isin(mine["seed"], groups)
+    of |= {name: first for name in ("ess", "ancestors") if first.any()}
     for s in strengths:
-        for name in ("guidance_norm", "path_kl_step"):
+        for name in of:
             run.define_metric(f"{prefix}/{name}/strength {s:g}", step_metric=x, step_sync=False)
     for k in sorted(set(mine["step"].tolist())):
         at = mine["step"] == k
         entry: dict[str, Any] = {x: float(mine["log_snr"][at][0]), f"{prefix}/t": int(mine["t"][at][0])}
         for s in strengths:
             here = at & (mine["strength"] == s)
-            for name in ("guidance_norm", "path_kl_step"):
-                entry[f"{prefix}/{name}/strength {s:g}"] = float(np.nanmean(mine[name][here]))
+            for name, rows in of.items():
+                entry[f"{prefix}/{name}/strength {s:g}"] = float(np.nanmean(mine[name][here & rows]))
         run.log(entry)
 
 
