@@ -91,8 +91,7 @@ class WalkNoise:
     ):  # fmt: skip
         self._chain = Noise(seeds, shape, device, dtype, domain)
         self._proposal = Noise(seeds, (draws, *shape), device, dtype, domain)
-        self._accept = Noise(seeds, (), device, torch.float64, domain)
-        self._draws = draws
+        self._draws, self._rows = draws, range(len(seeds))
 
     def start(self) -> Tensor:
         """xi (B, draws, *shape), called once."""
@@ -104,7 +103,7 @@ class WalkNoise:
 
     def log_uniform(self) -> Tensor:
         """log u (B,), u uniform on (0, 1)."""
-        return torch.special.log_ndtr(self._accept.draw("accept"))
+        return self._chain.uniform("accept", self._rows).log()
 
 
 class _Given:

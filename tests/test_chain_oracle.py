@@ -1,0 +1,93 @@
+"""Every guidance against the grid oracle of the discrete chain: marginal law, path KL and log Z, in one dimension."""
+
+import math
+
+import pytest
+import torch
+from chain_oracle import law_of
+
+from tiltlens.energies import Linear, Target, Threshold
+from tiltlens.guidance import DPS, LGD, MPGD, Calibrated, Exact, MomentMatched
+from tiltlens.priors import GaussianMixture
+from tiltlens.sampling.plan import Row
+from tiltlens.sampling.sampler import Sampler
+from tiltlens.units import Projection, UnitBank
+
+LINE = ([0.6, 0.4], [[-1.0], [1.2]], [0.3, 0.15])
+GUIDANCES = {
+    "dps": DPS, "lgd": lambda: LGD(samples=2), "mpgd": MPGD, "moment matched": MomentMatched, "exact": Exact,
+    "calibrated": Calibrated, "calibrated, no memory": lambda: Calibrated(memory=0),
+}  # fmt: skip
+ENERGIES = {"linear": Linear(False), "target": Target(1.0, 0.8, False), "threshold": Threshold(1.5, False)}
+LEVELS = {"linear": 0.0, "target": 1.0, "threshold": 1.5}
+# with memory the shift depends on the whole past, but for a linear energy of a projection, whose gradient is constant
+MARKOV = [(g, e) for g in GUIDANCES for e in ("linear", "target") if g != "calibrated" or e == "linear"]
+N = 3000
+
+
+def made(name, energy, steps=8, eta=1.0) -> Sampler:
+    sampler = Sampler(
+        GaussianMixture(*LINE), UnitBank([Projection([1.0])]), energy, GUIDANCES[name](), steps, eta
+    )
+    sampler.calibrate(sampler.run_pilot(64, 64))
+    return sampler
+
+
+def within(values: torch.Tensor, truth: float, what: str) -> None:
+    se = float(values.double().std()) / len(values) ** 0.5
+    off = (float(values.double().mean()) - truth) / max(se, 1e-8)
+    assert abs(off) < 4, f"{what}: {float(values.double().mean()):.4f} +- {se:.4f}, oracle {truth:.4f}"
+
+
+@pytest.mark.parametrize(("name", "energy"), MARKOV)
+def test_a_guided_chain_has_the_oracles_law_and_path_kl(name, energy):
+    e, level, s = ENERGIES[energy], LEVELS[energy], 0.4
+    sampler = made(name, e)
+    law = law_of(
+        sampler.chain, 5.5, sampler.guidance, sampler.constraint, s, samples=2 if name == "lgd" else 0
+    )
+    found = sampler.sample([Row(0, s, seed) for seed in range(N)])
+    x = found.images[:, 0]
+    for what, f in (("mean", lambda x: x), ("square", lambda x: x**2), ("P(x > 1)", lambda x: (x > 1).double()),
+                    ("energy", lambda x: e(x, level)), ("cos 3x", lambda x: (3 * x).cos())):  # fmt: skip
+        within(f(x), law.mean(f), f"{name}, {energy}: {what}")
+    within(found.path_kl, law.path_kl, f"{name}, {energy}: path KL")
+    assert law.path_kl > 1e-3, "nothing was guided"
+
+
+@pytest.mark.parametrize("energy", ENERGIES)
+def test_the_mean_weight_is_z_of_the_chain_itself(energy):
+    """A chain of few steps has a Z of its own: the weights know that one, not the mixture's."""
+    e, level, s, guided = ENERGIES[energy], LEVELS[energy], 0.5, 0.15
+    sampler = made("exact", e, steps=6)
+    log_z = law_of(sampler.chain, 5.5).log_z(lambda x: e(x, level), s)
+    found = sampler.sample([Row(0, guided, seed) for seed in range(N)])
+    w = (found.log_w + (guided - s) * found.energy - log_z).exp()
+    assert w.sum() ** 2 / w.square().sum() > 0.1 * N, f"{energy}: too few weights count for a z-test"
+    within(w, 1.0, f"{energy}: w / Z")
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_the_oracle_meets_the_mixture_as_steps_shrink(eta):
+    """The law of the chain is not that of the mixture, and comes to it."""
+    prior, off = GaussianMixture(*LINE), []
+    for steps in (8, 16, 32):
+        law = law_of(made("dps", Linear(False), steps, eta).chain, 5.5)
+        off.append(abs(law.log_z(lambda x: -x, 1.0) - float(prior.log_z([1.0], 1.0))))
+    assert off[-1] < 0.006 < off[0], off
+    assert off[0] > off[1] > off[2], off
+
+
+def test_the_bounds_hold_on_the_oracle():
+    """-l m - log Z(l) <= KL(q'||p) <= path KL, with nothing sampled."""
+    sampler = made("dps", Linear(False))
+    base, s = law_of(sampler.chain, 5.5), 0.8
+    guided = law_of(sampler.chain, 5.5, sampler.guidance, sampler.constraint, s)
+    lower = max(
+        l * guided.mean(lambda x: x) - base.log_z(lambda x: -x, l) for l in torch.linspace(0, 4, 41).tolist()
+    )  # noqa: E741
+    assert torch.equal(base.x_0, guided.x_0)
+    keep = guided.weight > 1e-14
+    kl = float((guided.weight * (guided.weight.log() - base.weight.log()))[keep].sum())
+    assert lower - 1e-6 < kl < guided.path_kl + 1e-6, (lower, kl, guided.path_kl)
+    assert math.isfinite(kl)
