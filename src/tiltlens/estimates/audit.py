@@ -2,89 +2,131 @@
 
 log Z is convex with slope -m(s) and m falls with s; log Z >= -(path_kl + l E) for every run; KL(q_s||p) rises
 with s. An integral that breaks these, or whose quadrature is as uncertain as its value, is withheld;
-importance weights that break them are reported with a warning. Nothing is clipped: that would turn a bound
-into an estimate.
+weights that break them are reported with a warning. Nothing is clipped: that would turn a bound
+into an estimate. MBAR keeps these laws by construction, so it is held against the m(s) of single runs:
+thermodynamic integration is the cross-check of whatever gave log Z.
 """
 
 import numpy as np
 
+from tiltlens.estimates.bootstrap import Replicates
 from tiltlens.estimates.bounds import log_z_floor
+from tiltlens.estimates.integral import integral, quadrature_errors, shortfalls
+from tiltlens.estimates.mbar import Pool
 from tiltlens.estimates.samples import Samples
-from tiltlens.estimates.sweep import SIGNIFICANT, Node, Sweep, quadrature_errors
+from tiltlens.estimates.sweep import SIGNIFICANT, Node, Sweep
 
 QUADRATURE = 0.1  # of KL: an integral this uncertain, and more than its standard error, is withheld
 
 
 def audit(
-    nodes: list[Node], samples: list[Samples], sweep: Sweep, se: Sweep
+    nodes: list[Node],
+    samples: list[Samples],
+    pool: Pool | None,
+    sweep: Sweep,
+    single: Sweep,
+    bootstrap: Replicates,
 ) -> tuple[Sweep, Sweep, list[str], list[str]]:
     """Withhold what contradicts itself, and say so: (values, standard errors, a kl_method each (K,),
     warnings).
 
-    The errors of an integral come back with those of its quadrature and of its biased means.
+    pool: of MBAR; sweep: what was decided, (1 + B, K); single: log Z and m by the best single run of each strength. The errors of
+    an integral come back with those of its quadrature and of its biased means.
     """
-    log_z, kl, log_z_se, kl_se = (x.copy() for x in (sweep.log_z, sweep.kl, se.log_z, se.kl))
+    s = np.array([n.strength for n in nodes])
+    value, se = (Sweep(*(f(x) for x in sweep)) for f in (lambda x: x[0].copy(), bootstrap.se))
     methods = [n.method for n in nodes]
-    quadrature = quadrature_errors(nodes, sweep)
+    for x, factor in zip((se.log_z, se.kl), shortfalls(nodes, samples, pool)):
+        x *= factor
+    quadrature = quadrature_errors(s, value.energy, value.variance)
+    for k in range(1, len(nodes)):
+        if nodes[k].method == nodes[k - 1].method == "thermodynamic":
+            quadrature[k] += quadrature[k - 1]
     warnings, last = [], 0.0
     for k, node in enumerate(nodes):
         at = f"strength {node.strength:g}:"
         reason = "no run has importance weights for it that are healthy"
         if node.method == "thermodynamic":
-            statistical, bias = float(kl_se[k]), node.strength * node.bias
-            log_z_se[k], kl_se[k] = (
-                np.sqrt(x[k] ** 2 + bias**2 + quadrature[k] ** 2) for x in (log_z_se, kl_se)
-            )
-            reason = _flaw(
-                methods[k - 1], quadrature[k], statistical, kl[k], log_z[k], log_z_se[k], samples, node
-            )
+            statistical, bias = float(se.kl[k]), node.strength * node.bias
+            for x in (se.log_z, se.kl):
+                x[k] = np.sqrt(x[k] ** 2 + bias**2 + quadrature[k] ** 2)
+            reason = _flaw(methods[k - 1], quadrature[k], statistical, k, value, se, samples, node)
             if reason:
                 methods[k] = "bounds"
-                log_z[k] = log_z_se[k] = np.nan
+                value.log_z[k] = se.log_z[k] = np.nan
             else:
                 warnings.append(
                     f"{at} log_z and kl are integrated from means of the guided samples, a biased "
                     f"stand-in for m(s); the bias to expect, {node.bias:.2g} in energy, is in their errors."
                 )
         if methods[k] == "bounds":
-            kl[k] = kl_se[k] = np.nan
+            value.kl[k] = se.kl[k] = np.nan
             warnings.append(
                 f"{at} no kl, only bounds: {reason}; KL(q_s||p) is at least {last:.3g} nats, the most at a "
-                f"smaller strength{'' if np.isfinite(log_z[k]) else '; no log_z and no gap either'}."
+                f"smaller strength{'' if np.isfinite(value.log_z[k]) else '; no log_z and no gap either'}."
             )
             continue
-        last = max(last, float(kl[k]))
-        if k and sweep.energy[k] - sweep.energy[k - 1] > SIGNIFICANT * np.hypot(
-            se.energy[k], se.energy[k - 1]
-        ):
-            warnings.append(
-                f"{at} the mean energy m(s) rises with s, which no exact tilt does: do not trust kl."
-            )
-        if abs(sweep.drift[k]) > SIGNIFICANT * se.drift[k] + quadrature[k]:
-            warnings.append(
-                f"{at} log Z from weights and from the integral of m(s) differ by {sweep.drift[k]:+.2g} "
-                "nats: a mode may be missed, or the sweep is coarse here."
-            )
-    values = Sweep(log_z, kl, sweep.energy, sweep.drift)
-    return values, Sweep(log_z_se, kl_se, se.energy, se.drift), methods, warnings
+        last = max(last, float(value.kl[k]))
+    return value, se, methods, warnings + _contradictions(s, sweep, single, bootstrap)
+
+
+def _contradictions(s: np.ndarray, sweep: Sweep, single: Sweep, bootstrap: Replicates) -> list[str]:
+    """Where m(s) rises, log Z is not convex, or log Z is not the integral of -m(s), beyond errors."""
+    quadrature = quadrature_errors(s, single.energy[0], single.variance[0])
+    rise, step = np.diff(single.energy), np.diff(sweep.log_z)
+    h, m = np.diff(s), single.energy
+    checks = (
+        (
+            rise,
+            np.zeros(len(h)),
+            1,
+            "the mean energy m(s) rises with s, which no exact tilt does: do not trust kl.",
+        ),
+        (
+            step + integral(s, m, single.variance)[:, 1:],
+            quadrature[1:],
+            0,
+            "log Z and the integral of m(s) of single runs differ by {:+.2g} nats: a mode may be missed, or the sweep "
+            "is coarse here.",
+        ),
+        (
+            -(step + h * m[:, :-1]),
+            1e-9 * h,
+            1,
+            "log Z falls faster than its slope, -m(s), at the strength below: it is not convex here; do not trust kl.",
+        ),
+        (
+            step + h * m[:, 1:],
+            1e-9 * h,
+            1,
+            "log Z rises faster than its slope, -m(s), here: it is not convex; do not trust kl.",
+        ),
+    )
+    found: list[tuple[int, str]] = []
+    for value, slack, one_sided, text in checks:
+        off = value[0] if one_sided else abs(value[0])
+        with np.errstate(invalid="ignore"):
+            wrong = off > SIGNIFICANT * bootstrap.se(value) + slack
+        found += [(k + 1, text.format(value[0, k])) for k in np.flatnonzero(wrong)]
+    return [f"strength {s[k]:g}: {text}" for k, text in sorted(found)]
 
 
 def _flaw(
     below: str,
     quadrature: float,
     statistical: float,
-    kl: float,
-    log_z: float,
-    log_z_se: float,
+    k: int,
+    value: Sweep,
+    se: Sweep,
     samples: list[Samples],
     node: Node,
 ) -> str | None:
     """Why an integrated log Z cannot be given; None where it can."""
     if below == "bounds":
         return "the strength below, from which log Z would be integrated, is not known"
-    if quadrature > max(statistical, QUADRATURE * abs(kl)):
+    if quadrature > max(statistical, QUADRATURE * abs(value.kl[k])):
         return "the sweep is too coarse to integrate m(s), add strengths in between"
     floor, floor_se = log_z_floor(samples, node.strength)
-    if log_z + SIGNIFICANT * np.hypot(log_z_se, floor_se) < floor:
+    if value.log_z[k] + SIGNIFICANT * np.hypot(se.log_z[k], floor_se) < floor:
         return "the integral of m(s) contradicts log Z >= -(path_kl + s E)"
     return None

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tiltlens.estimates.bootstrap import small_sample
 from tiltlens.estimates.importance import CONTROL_MIN
 from tiltlens.estimates.samples import Samples
 
@@ -34,11 +35,19 @@ class Mean(NamedTuple):
     se: np.ndarray
 
 
-def mean(x: np.ndarray, counts: np.ndarray | None = None, martingale: np.ndarray | None = None) -> Mean:
+def mean(
+    x: np.ndarray,
+    counts: np.ndarray | None = None,
+    martingale: np.ndarray | None = None,
+    run: Samples | None = None,
+) -> Mean:
     """Mean of x (n,) with counts (..., n), by default once each.
 
-    With a martingale M (n,) of mean zero: mean(x) - beta mean(M), beta = cov(x, M) / var(M).
+    With a martingale M (n,) of mean zero: mean(x) - beta mean(M), beta = cov(x, M) / var(M). run: whose rows these
+    are; particles are then weighted, and the error is that of the means of groups.
     """
+    if run is not None and run.weight is not None:
+        return _mean_of_groups(x, counts, run)
     counts = np.ones(len(x)) if counts is None else counts
     centre = x.mean() if len(x) else 0.0
     y = x - centre
@@ -47,7 +56,7 @@ def mean(x: np.ndarray, counts: np.ndarray | None = None, martingale: np.ndarray
         value = counts @ y / n
         variance = counts @ y**2 / n - value**2
         spent = 1
-        if martingale is not None and len(x) >= CONTROL_MIN and np.ptp(martingale) > 0:
+        if martingale is not None and len(x) >= CONTROL_MIN:
             m = martingale
             mean_m = counts @ m / n
             var_m = counts @ m**2 / n - mean_m**2
@@ -57,6 +66,19 @@ def mean(x: np.ndarray, counts: np.ndarray | None = None, martingale: np.ndarray
             spent = 2
         se = np.sqrt(np.maximum(variance, 0.0) / np.maximum(n - spent, 0))
     return Mean(centre + value, se)
+
+
+def _mean_of_groups(x: np.ndarray, counts: np.ndarray | None, run: Samples) -> Mean:
+    """Weighted mean of particles; error of a ratio of sums over groups, NaN for one group."""
+    weight = run.weight if counts is None else counts * run.weight
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = weight @ x / weight.sum(-1)
+    if counts is not None:
+        return Mean(value, np.full(np.shape(value), np.nan))
+    sums = np.bincount(run.groups, weight * (x - value))
+    n = len(sums)
+    se = np.sqrt(sums @ sums * n / (n - 1)) / weight.sum() if n > 1 else np.nan
+    return Mean(value, se * small_sample(n))
 
 
 def objective(samples: Samples, strength: float, counts: np.ndarray | None = None) -> Mean:
@@ -69,7 +91,7 @@ def objective(samples: Samples, strength: float, counts: np.ndarray | None = Non
         raise ValueError(
             f"the samples at strength {samples.strength} have no path_kl (eta = 0): no objective"
         )
-    return mean(samples.path_kl + strength * samples.energy, counts, samples.martingale)
+    return mean(samples.path_kl + strength * samples.energy, counts, samples.martingale, samples)
 
 
 def log_z_floor(samples: list[Samples], strength: float) -> tuple[float, float]:

@@ -9,10 +9,12 @@ optimum. And what the *optimum* q_s is at this strength: log_z and kl, by the me
 import numpy as np
 
 from tiltlens.estimates.audit import audit
-from tiltlens.estimates.bootstrap import standard_errors
-from tiltlens.estimates.bounds import Mean, least_kl, mean, objective
+from tiltlens.estimates.bootstrap import replicate
+from tiltlens.estimates.bounds import Mean, Reach, least_kl, mean, objective
 from tiltlens.estimates.importance import tilt
-from tiltlens.estimates.sweep import Sweep, decide, evaluate, trusted_log_z
+from tiltlens.estimates.integral import compose
+from tiltlens.estimates.samples import Samples
+from tiltlens.estimates.sweep import Sweep, decide, find_sources, measure, trusted_log_z
 from tiltlens.estimates.table import Group, read_groups
 
 TOP = 8.0  # times the largest strength: how far the lower bound looks for the strength that q' really reached
@@ -23,7 +25,8 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
     """Rows (sorted by strength) and warnings of one unit, whose name they carry.
 
     table: columns (N,), a dict of arrays or a structured array: strength, seed, activation, energy, and where
-    recorded z, log_w, path_kl (None or NaN at eta = 0), finite (bool). pilot: columns (n,)
+    recorded z, log_w, path_kl (None or NaN at eta = 0), finite (bool), and of particles group (the first seed of each
+    group) and weight (of sum 1 in its group). pilot: columns (n,)
     energy, activation, z of unguided samples with seeds of their own, pooled into strength 0.
 
     Rows with a NaN, an infinity or finite = False are left out and counted (nonfinite). Units: nats for
@@ -37,36 +40,32 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
         return [_row(unit, g, {}) for g in groups], [_lost(g) for g in groups if g.nonfinite]
     warnings = [_lost(g) for g in groups if g.nonfinite]
 
-    nodes = decide(samples)
-    at = [next(k for k, n in enumerate(nodes) if n.strength == run.strength) for run in samples]
     trust = trusted_log_z(samples, TOP * samples[-1].strength or 1.0)
     reach = [
-        least_kl(mean(run.energy, None, run.martingale).value, *trust) if run.strength else None
+        least_kl(mean(run.energy, None, run.martingale, run).value, *trust) if run.strength else None
         for run in samples
     ]
+    sources = find_sources(samples)
+    count = len(sources.strengths)
 
     def everything(counts: list[np.ndarray]) -> np.ndarray:
-        """(..., 4 K + 2 runs): all that is estimated, for given counts of the samples."""
-        sweep = evaluate(nodes, samples, counts)
-        lower, gap = [], []
-        for k, run in enumerate(samples):
-            zero = np.zeros(counts[0].shape[:-1])
-            if best := reach[k]:
-                energy = mean(run.energy, counts[k], run.martingale).value
-                lower.append(-best.l * energy - tilt(samples[best.source], best.l, counts[best.source]).log_z)
-            else:
-                lower.append(zero)
-            cost = objective(run, run.strength, counts[k]).value if run.path_kl is not None else zero + np.nan
-            gap.append(cost + sweep.log_z[..., at[k]] if run.strength else zero)
-        return np.concatenate([np.concatenate(sweep, -1), np.stack(lower, -1), np.stack(gap, -1)], -1)
+        """(B, 12 K + 2 runs): all that is estimated, for given counts of the samples."""
+        parts = [measure(sources, samples, counts).reshape(len(counts[0]), -1)]
+        parts += [_lower(reach[k], samples, counts, k)[:, None] for k in range(len(samples))]
+        parts += [_cost(run, c)[:, None] for run, c in zip(samples, counts)]
+        return np.concatenate(parts, -1)
 
-    ones = [np.ones(len(run)) for run in samples]
-    sizes = np.cumsum([len(nodes)] * 4 + [len(samples)])
-    point = np.split(everything(ones), sizes)
-    se = np.split(standard_errors(everything, [run.cluster for run in samples]), sizes)
-    sweep, sweep_se = Sweep(*point[:4]), Sweep(*se[:4])
-    sweep, sweep_se, methods, said = audit(nodes, samples, sweep, sweep_se)
+    bootstrap = replicate(everything, [run.cluster for run in samples])
+    found, lower, cost = np.split(bootstrap.values, [12 * count, 12 * count + len(samples)], -1)
+    found = found.reshape(-1, 4, 3, count)
+    nodes = decide(sources, samples, found, bootstrap)
+    composed, single = compose(nodes, found), found[:, 0]
+    single = Sweep(single[:, 0], single[:, 0] + np.nan, single[:, 1], single[:, 2])
+    sweep, sweep_se, methods, said = audit(nodes, samples, sources.pool, composed, single, bootstrap)
     warnings += said
+    at = [next(k for k, n in enumerate(nodes) if n.strength == run.strength) for run in samples]
+    gap, lower_se = cost + composed.log_z[:, at], bootstrap.se(lower)
+    gap_se = bootstrap.se(gap)
 
     rows = []
     for group in groups:
@@ -75,20 +74,20 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
             continue
         k = next(i for i, g in enumerate(filled) if g is group)
         run, j = samples[k], at[k]
-        path_kl = mean(run.path_kl) if run.path_kl is not None else NOTHING
+        path_kl = mean(run.path_kl, None, None, run) if run.path_kl is not None else NOTHING
         # both are estimates, and near the optimum they meet: the truth is never the other way round
-        lower = Mean(np.fmin(point[4][k], path_kl.value), se[4][k])
+        least = Mean(np.fmin(lower[0, k], path_kl.value), lower_se[k])
         values = {
             "path_kl": path_kl,
-            "kl_lower": lower,
+            "kl_lower": least,
             "kl": Mean(sweep.kl[j], sweep_se.kl[j]),
             "log_z": Mean(sweep.log_z[j], sweep_se.log_z[j]),
-            "gap": Mean(point[5][k], se[5][k]) if np.isfinite(sweep.log_z[j]) else NOTHING,
+            "gap": Mean(gap[0, k], gap_se[k]) if np.isfinite(sweep.log_z[j]) else NOTHING,
         }
         if run.strength == 0:
             values = dict.fromkeys(values, Mean(0.0, 0.0))
         elif path_kl.value > 0:
-            values["efficiency"] = lower.value / path_kl.value
+            values["efficiency"] = least.value / path_kl.value
         if run.log_w is not None:
             values["ess"] = tilt(run, run.strength).ess
         values["kl_method"] = methods[j]
@@ -99,6 +98,22 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
                 f"(l = {reach[k].l:.3g}): kl_lower is a bound still, but not the sharpest."
             )
     return rows, merged(warnings)
+
+
+def _lower(best: Reach | None, samples: list[Samples], counts: list[np.ndarray], k: int) -> np.ndarray:
+    """kl_lower of run k, (B,), with the supremum kept where the whole sample has it."""
+    if not best:
+        return np.zeros(len(counts[0]))
+    run, source = samples[k], samples[best.source]
+    energy = mean(run.energy, counts[k], run.martingale, run).value
+    return -best.l * energy - tilt(source, best.l, counts[best.source]).log_z
+
+
+def _cost(run: Samples, counts: np.ndarray) -> np.ndarray:
+    """path_kl + s E of a run, (B,); NaN without path_kl."""
+    if run.path_kl is None:
+        return np.full(len(counts), np.nan)
+    return objective(run, run.strength, counts).value if run.strength else np.zeros(len(counts))
 
 
 def merged(warnings: list[str]) -> list[str]:
@@ -125,9 +140,9 @@ def _lost(group: Group) -> str:
 def _row(unit: str, group: Group, values: dict) -> dict:
     """One row with every key, in order; NaN becomes None."""
     described = {
-        "activation": mean(group.activation),
-        "z": mean(group.z) if group.z is not None else NOTHING,
-        "energy": mean(group.samples.energy),
+        "activation": mean(group.activation, None, None, group.samples),
+        "z": mean(group.z, None, None, group.samples) if group.z is not None else NOTHING,
+        "energy": mean(group.samples.energy, None, None, group.samples),
     }
     row = {"unit": unit, "strength": group.samples.strength, "n": len(group.samples)}
     for name in ("activation", "z", "energy"):

@@ -26,7 +26,8 @@ their standard errors:
     trusted ESS >= 2 sqrt n             0.09 (0.03)    0.24 (0.15)
     trusted ESS >= 4 sqrt n             0.06 (0.01)    0.18 (0.09)
 
-Hence the floors: 2 sqrt n for Z, 4 sqrt n for m and KL, neither above n / 2 nor below 10. What is left errs
+Hence the floors: 2 sqrt n for Z, 4 sqrt n for m and KL, neither above n / 2 nor below 10. Particles are judged by
+their groups, with Zhat_g as weights: four at least, and ten rows that count. What is left errs
 low. No such test sees a mode that no sample fell into, nor an exponential tail of E (there KL is 3 errors off
 in half the runs).
 """
@@ -39,6 +40,7 @@ from tiltlens.estimates.samples import Samples
 
 ESS_FLOOR = 10.0
 LOG_Z_ROOT = 2.0  # times sqrt n: the trusted ESS that log Z asks for
+GROUPS_MIN = 4  # groups of particles from which their spread says anything
 KL_ROOT = 4.0  # and that m(s) and KL ask for
 CONTROL_FRACTION = 0.1  # of ESS / n; below, a few weights set beta, and its noise costs more than it saves
 CONTROL_MIN = 16  # samples: a regression on fewer is biased by about its own gain
@@ -75,6 +77,40 @@ def trusted_ess(log_w: np.ndarray) -> float:
     return float(min(w.sum() ** 2 / (w @ w), len(log_w) * np.exp(-spread)))
 
 
+def relative_variance(samples: Samples, strength: float, root: float) -> float:
+    """Variance of log Z^(s) from a run's weights, 1/ESS - 1/n by trusted ESS; NaN where they are collapsed.
+
+    root: LOG_Z_ROOT or KL_ROOT. Runs are compared by it: plain 1/ESS is least for the run that was luckiest, and to
+    choose by it chooses the error.
+    """
+    if samples.log_w is None or len(samples) < 2:
+        return np.nan
+    log_w = reweight(samples, strength)
+    n, ess = len(log_w), trusted_ess(log_w)
+    floor = ess_floor(n, root)
+    if samples.groups is not None:
+        if ess < ESS_FLOOR:
+            return np.nan
+        log_w = log_z_of_groups(log_w, samples.groups)
+        n, ess = len(log_w), trusted_ess(log_w)
+        floor = min(root * np.sqrt(n), n / 2) if n >= GROUPS_MIN else np.inf
+    return max(1 / ess - 1 / n, 0.0) if ess >= floor else np.nan
+
+
+def log_z_of_groups(log_w: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """log Zhat_g of each group: the logarithm of the mean of its weights."""
+    top = log_w.max()
+    with np.errstate(divide="ignore"):
+        means = np.bincount(groups, np.exp(log_w - top)) / np.bincount(groups)
+        return top + np.log(means)
+
+
+def cluster_ess(weights: np.ndarray, clusters: np.ndarray) -> float:
+    """Effective number of independent clusters among weights (n,) >= 0: (sum_c w_c)^2 / sum_c w_c^2."""
+    w = np.bincount(np.unique(clusters, return_inverse=True)[1], weights)
+    return float(w.sum() ** 2 / (w @ w))
+
+
 def reweight(samples: Samples, strength: float) -> np.ndarray:
     """log w (n,) of a run's samples for another strength u: log w_u = log w - (u - s) E, E_Q[w_u] = Z(u).
 
@@ -101,6 +137,9 @@ def tilt(samples: Samples, strength: float, counts: np.ndarray | None = None) ->
     w = np.exp(log_w - shift)  # at most 1; what underflows is below 1e-300 of the largest
     total = w.sum()
     ess, max_weight = float(total**2 / (w @ w)), float(1 / total)
+    if samples.groups is not None:
+        of_groups = np.bincount(samples.groups, w)  # of rows, no more than what its groups are worth
+        ess = min(ess, len(w) * float(total**2 / (of_groups @ of_groups)) / len(of_groups))
     centre = w @ samples.energy / total  # E is measured from here: E + c then changes log Z alone
     e = samples.energy - centre
     columns = np.stack([np.ones_like(w), w, w * e, w * e**2], 1)
@@ -110,7 +149,7 @@ def tilt(samples: Samples, strength: float, counts: np.ndarray | None = None) ->
         energy = sum_we / sum_w
         variance = sum_wee / sum_w - energy**2
     m = samples.martingale
-    if m is not None and np.ptp(m) > 0 and len(m) >= CONTROL_MIN and ess >= CONTROL_FRACTION * len(m):
+    if m is not None and len(m) >= CONTROL_MIN and ess >= CONTROL_FRACTION * len(m):
         sum_m, sum_mm, sum_wm, sum_wem = np.moveaxis(counts @ np.stack([m, m**2, w * m, w * e * m], 1), -1, 0)
         mean_m = sum_m / n
         var_m = sum_mm / n - mean_m**2

@@ -8,11 +8,22 @@ the shift of each mean. Per sample the chain records
 
 so that E_Q[w] = Z(s), E_Q[M] = 0 and, with u = 0, 1, ..: E_Q[exp(-u E) dP/dQ] = Z(u) for *any* other strength
 u. Where the chain is deterministic (eta = 0) P and Q have no density and log_w, path_kl are None.
+
+*Particles.* The G particles of a group interact: the group, not the row, is what is independent. Its normaliser Zhat_g
+is an unbiased estimate of Z, W_i are its weights (of sum 1), and a row records
+
+    log w = log Zhat_g + log(G W_i),   path_kl = -s E_i - log Zhat_g
+
+so that the mean of w f over a group is unbiased for Z E_{q_s}[f] as before, also at other strengths u. Means of what
+was *sampled* are weighted by G W_i: they describe q^, the law of one particle drawn by its weight. E[path_kl] bounds
+KL(q^||p) from above, since KL(q^||q_s) <= log Z - E[log Zhat]. There is no M: resampling has no z.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+
+ROUNDING = 1e-6  # of E[path_kl]: a variance of M below is that of sums in single precision
 
 
 @dataclass(frozen=True)
@@ -20,9 +31,10 @@ class Samples:
     """Finite samples of one unit at one strength.
 
     strength: s >= 0; energy (n,): E of the final sample; log_w, path_kl (n,) in nats, or None; cluster (n,)
-    int: the seed. Samples of equal cluster share their noise, whatever the strength; clusters below zero are
-    the pilot's. Strength 0 is the prior itself: log_w = path_kl = 0. Raises ValueError for a negative
-    strength, a wrong shape or values that are not finite.
+    int: the seed, or the group of particles. Samples of equal cluster share their noise, whatever the strength;
+    clusters below zero are the pilot's. weight (n,): G W_i of a particle, None for independent samples. Strength 0
+    is the prior itself: log_w = path_kl = 0. Raises ValueError for a negative strength, a wrong shape or values that
+    are not finite.
     """
 
     strength: float
@@ -30,6 +42,7 @@ class Samples:
     log_w: np.ndarray | None
     path_kl: np.ndarray | None
     cluster: np.ndarray
+    weight: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not self.strength >= 0:
@@ -37,7 +50,8 @@ class Samples:
         if self.strength == 0:
             object.__setattr__(self, "log_w", np.zeros(len(self.energy)))
             object.__setattr__(self, "path_kl", np.zeros(len(self.energy)))
-        for name in ("energy", "log_w", "path_kl"):
+            object.__setattr__(self, "weight", None)
+        for name in ("energy", "log_w", "path_kl", "weight"):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -55,7 +69,17 @@ class Samples:
 
     @property
     def martingale(self) -> np.ndarray | None:
-        """M = sum_t delta.z/v (n,), of mean zero under Q; None without path weights."""
-        if self.log_w is None or self.path_kl is None:
+        """M = sum_t delta.z/v (n,), of mean zero under Q; None without path weights or where M is rounding alone.
+
+        var(M) = 2 E[path_kl] for steps of known noise. Samplers without them (annealing in noise space) record
+        path_kl = -s E - log w, which leaves M = 0.
+        """
+        if self.log_w is None or self.path_kl is None or self.weight is not None or not len(self):
             return None
-        return -(self.log_w + self.strength * self.energy) - self.path_kl
+        m = -(self.log_w + self.strength * self.energy) - self.path_kl
+        return m if m.var() > ROUNDING * abs(self.path_kl.mean()) else None
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """(n,) the number 0, 1, .. of each row's group of particles; None where rows are independent."""
+        return None if self.weight is None else np.unique(self.cluster, return_inverse=True)[1]

@@ -5,16 +5,23 @@
 `kl_method` of a strength, the first that holds:
 
 - exact: s = 0.
-- importance, reweighted-prior, reweighted-neighbour: some run (the guided run at s; unguided samples; a run
-  at another strength, see `importance.reweight`) has weights for q_s healthy enough for KL. Of several, the
-  one with the smallest variance of log Z^, 1/ESS - 1/n by trusted ESS.
+- mbar: all strengths whose weights are healthy and the samples of p, together (see `mbar`), where enough draws
+  count at s.
+- importance, reweighted-prior, reweighted-neighbour: one run alone (the guided run at s; unguided samples; a
+  run at another strength, see `importance.reweight`), where its weights for q_s are healthy enough for KL. Of
+  several, the one with the smallest variance of log Z^, 1/ESS - 1/n by trusted ESS. One run stands before MBAR
+  only where its error of KL is clearly the smaller (CLEARLY): near the optimal control its control variate
+  knows more than any overlap of strengths. Among equals a choice by the smaller error chooses the luckier
+  sample, and covers too rarely.
 - thermodynamic: the strength below is known and the guided mean may stand in for m(s). log Z is carried on
   by the corrected trapezium (cubic Hermite), int_a^b m = h (m_a + m_b)/2 + h^2 (Var_b - Var_a)/12. A guided
   mean is *biased* (q' is not q_s): it stands in only if at the last known strength s_T it was measured right
   to 10 % of the shift m(0) - m(s_T), error included, and only up to 2 s_T; that bias enters the error.
 - bounds: nothing above holds, kl is not given; path_kl and kl_lower bound what was sampled, and KL(q_s||p),
-  which never falls with s, is at least its last known value. log_z (and with it the gap) is given where some
-  run's weights are healthy enough for Z.
+  which never falls with s, is at least its last known value.
+
+log_z (and with it the gap) asks for less, and is chosen for itself by the same rules: it is given where some
+weights are healthy enough for Z.
 
 Weights of modest ESS do not help an integral out: m(s) suffers more from a missed tail than Z does.
 
@@ -22,65 +29,69 @@ An estimate of log Z is refuted, and not used, where it lies more than three sta
 l E) of some run (Gibbs: it missed a mode that guidance found). Nothing bounds log Z from above without a
 bound on E: E might have a heavy tail that no sample shows. So a collapsed strength gets no number, whatever
 its bootstrap says.
-
-No MBAR: it wants samples of the states q_k, each state's energy known on every sample. Here q_k was not
-sampled (Q_k was), and dP/dQ_k is known along the paths of run k alone; treating guided samples as q_k's would
-hide their bias in small errors.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
 
+from tiltlens.estimates import mbar
+from tiltlens.estimates.bootstrap import Replicates
 from tiltlens.estimates.bounds import log_z_floor
-from tiltlens.estimates.importance import KL_ROOT, LOG_Z_ROOT, ess_floor, reweight, tilt, trusted_ess
+from tiltlens.estimates.importance import KL_ROOT, LOG_Z_ROOT, relative_variance, tilt
+from tiltlens.estimates.mbar import Pool, Smooth
 from tiltlens.estimates.samples import Samples
 
 STAND_IN = 0.1  # of the shift of mean energy: the bias at which a guided mean may stand in for m(s)
 REACH = 2.0  # times the last known strength: how far it may
 SIGNIFICANT = 3.0  # standard errors
+CLEARLY = 0.8  # of MBAR's error
 
 
 class Node(NamedTuple):
     """How one strength is estimated.
 
-    source: index of the run that gives m(s) (thermodynamic: as its plain mean; bounds: log Z alone), None
-    without any; bias: of m(s), as far as it was measured.
+    source: index of the run that gives kl and m(s), MBAR, or None without any (exact, thermodynamic, bounds); log_z:
+    likewise; bias: of m(s), as far as it was measured.
     """
 
     strength: float
     method: str
     source: int | None = None
+    log_z: int | None = None
     bias: float = 0.0
+
+
+MBAR = -1  # as a source
 
 
 class Sweep(NamedTuple):
     """Values along a sweep, each (..., K), NaN where unknown.
 
-    log_z, kl in nats; energy = m(s); drift: log Z minus its integral from the node below.
+    log_z, kl in nats; energy = m(s), variance = Var_{q_s}(E).
     """
 
     log_z: np.ndarray
     kl: np.ndarray
     energy: np.ndarray
-    drift: np.ndarray
+    variance: np.ndarray
 
 
 def trusted(run: Samples, strength: float, root: float, floor: tuple[float, float]) -> tuple[float, float]:
-    """log Z(s) from a run's weights, and its variance, 1/ESS - 1/n; NaN where collapsed or refuted.
+    """log Z(s) from a run's weights, and its `relative_variance`; NaN where collapsed or refuted.
 
-    root: LOG_Z_ROOT or KL_ROOT; floor: `log_z_floor` at s. Runs are compared by this variance, of
-    trusted ESS: plain 1/ESS is least for the run that was luckiest, and to choose by it chooses the error.
+    root: LOG_Z_ROOT or KL_ROOT; floor: `log_z_floor` at s.
     """
-    if run.log_w is None or len(run) < 2:
+    variance = relative_variance(run, strength, root)
+    if np.isnan(variance):
         return np.nan, np.nan
-    ess = trusted_ess(reweight(run, strength))
-    if ess < ess_floor(len(run), root):
-        return np.nan, np.nan
-    log_z, variance = float(tilt(run, strength).log_z), max(1 / ess - 1 / len(run), 0.0)
-    slack = SIGNIFICANT * np.hypot(np.sqrt(variance), floor[1]) + 1e-9 * (1 + abs(floor[0]))
-    return (log_z, variance) if log_z + slack >= floor[0] else (np.nan, np.nan)
+    log_z = float(tilt(run, strength).log_z)
+    return (np.nan, np.nan) if refuted(log_z, np.sqrt(variance), floor) else (log_z, variance)
+
+
+def refuted(log_z: float, se: float, floor: tuple[float, float]) -> bool:
+    """Whether an estimate of log Z lies significantly below a floor, (value, standard error)."""
+    return log_z + SIGNIFICANT * np.hypot(se, floor[1]) + 1e-9 * (1 + abs(floor[0])) < floor[0]
 
 
 def best_source(samples: list[Samples], strength: float, root: float) -> int | None:
@@ -101,87 +112,99 @@ def trusted_log_z(samples: list[Samples], top: float) -> tuple[np.ndarray, np.nd
     return l, *np.moveaxis(np.array(found), -1, 0)
 
 
-def decide(samples: list[Samples]) -> list[Node]:
-    """A node for each strength sampled, and for 0, in order (samples sorted by strength)."""
-    strengths = sorted({0.0, *(run.strength for run in samples)})
-    own = {run.strength: k for k, run in enumerate(samples)}
+class Sources(NamedTuple):
+    """Who may speak at each strength (K,): the index of a run, MBAR, or None; for kl, and for log_z alone."""
+
+    strengths: np.ndarray
+    kl: list[int | None]
+    log_z: list[int | None]
+    pool: Pool | None
+
+
+def find_sources(samples: list[Samples]) -> Sources:
+    """The best single run at each strength sampled, and at 0 (samples sorted by strength); and the pool for MBAR."""
+    strengths = np.array(sorted({0.0, *(run.strength for run in samples)}))
+    pool = mbar.pool_draws(samples)
+    best = [[best_source(samples, s, root) for s in strengths] for root in (KL_ROOT, LOG_Z_ROOT)]
+    if samples[0].strength == 0:
+        best[0][0] = 0
+    return Sources(strengths, *best, pool if pool is not None and len(pool) > 1 else None)
+
+
+def measure(sources: Sources, samples: list[Samples], counts: list[np.ndarray]) -> np.ndarray:
+    """(..., 4, 3, K): log Z, m and Var by the best run for kl; by the best for log_z; by MBAR; and of each strength's
+    own samples as they are (log Z unknown), for given counts of every run's samples, [(..., n_k)]."""
+    shape = counts[0].shape[:-1]
+    out = np.full((*shape, 4, 3, len(sources.strengths)), np.nan)
+    for k, s in enumerate(sources.strengths):
+        for i, source in enumerate((sources.kl[k], sources.log_z[k])):
+            if source is not None:
+                out[..., i, :, k] = np.stack(tilt(samples[source], s, counts[source])[:3], -1)
+    if sources.pool is not None:
+        out[..., 2, :, :] = np.stack(mbar.evaluate(sources.pool, sources.strengths, counts), -2)
+    for run, count in zip(samples, counts):
+        k = int(np.searchsorted(sources.strengths, run.strength))
+        c = count if run.weight is None else count * run.weight
+        m = c @ run.energy / c.sum(-1)
+        out[..., 3, 1, k], out[..., 3, 2, k] = m, c @ run.energy**2 / c.sum(-1) - m**2
+    out[..., :3, 0, 0] = 0.0
+    return out
+
+
+def decide(sources: Sources, samples: list[Samples], found: np.ndarray, se: Replicates) -> list[Node]:
+    """A node for each strength, in order. found: `measure`d, (1 + B, 4, 3, K)."""
+    s = sources.strengths
+    single, _, joint, plain = (Smooth(*np.moveaxis(found[:, i], 1, 0)) for i in range(4))
+    kl_se = [se.se(x.kl(s)) for x in (single, joint)]
+    log_z_se = [se.se(found[:, i, 0]) for i in (1, 2)]
     nodes: list[Node] = []
-    for s in strengths:
-        source = own.get(s) if s == 0 else None
-        source = best_source(samples, s, KL_ROOT) if source is None else source
-        if s == 0:
-            nodes.append(Node(s, "exact", source))
-        elif source is not None:
-            name = "importance" if source == own[s] else "reweighted-neighbour"
-            nodes.append(Node(s, name if samples[source].strength > 0 else "reweighted-prior", source))
-        elif (bias := _stand_in_bias(samples, nodes, own, s)) is not None:
-            nodes.append(Node(s, "thermodynamic", own[s], bias))
+    for k, strength in enumerate(s):
+        if strength == 0:
+            nodes.append(Node(0.0, "exact", sources.kl[0]))
+            continue
+        kl, log_z = sources.kl[k], sources.log_z[k]
+        for root, own, mine, its in (
+            (KL_ROOT, kl, kl_se[0][k], kl_se[1][k]),
+            (LOG_Z_ROOT, log_z, log_z_se[0][k], log_z_se[1][k]),
+        ):
+            pool, value = sources.pool, joint.log_z[0, k]
+            may = pool is not None and mbar.healthy(pool, strength, root)
+            may = may and not refuted(value, log_z_se[1][k], log_z_floor(samples, strength))
+            if may and not (own is not None and mine < CLEARLY * its):
+                kl, log_z = (MBAR, log_z) if root == KL_ROOT else (kl, MBAR)
+        if kl is not None:
+            own = samples[kl].strength if kl != MBAR else None
+            name = (
+                "importance"
+                if own == strength
+                else "reweighted-prior"
+                if own == 0
+                else "reweighted-neighbour"
+            )
+            nodes.append(Node(strength, "mbar" if kl == MBAR else name, kl, log_z))
+        elif (bias := _stand_in_bias(s, nodes, single, joint, plain, se)) is not None:
+            nodes.append(Node(strength, "thermodynamic", None, log_z, bias))
         else:
-            nodes.append(Node(s, "bounds", best_source(samples, s, LOG_Z_ROOT)))
+            nodes.append(Node(strength, "bounds", None, log_z))
     return nodes
 
 
 def _stand_in_bias(
-    samples: list[Samples], nodes: list[Node], own: dict[float, int], s: float
+    strengths: np.ndarray, nodes: list[Node], single: Smooth, joint: Smooth, plain: Smooth, se: Replicates
 ) -> float | None:
-    """The bias to expect of the guided mean at s, from that at the last known strength; None if too large."""
-    known = [n for n in nodes if n.method not in ("exact", "thermodynamic", "bounds")]
+    """The bias to expect of the guided mean at the next node, from that at the last known strength; None if too
+    large."""
+    k = len(nodes)
+    known = [i for i, n in enumerate(nodes) if n.method not in ("exact", "thermodynamic", "bounds")]
     if not known or nodes[0].source is None or nodes[-1].method == "bounds":
         return None
-    if s > REACH * known[-1].strength or len(samples[own[s]]) < 2:
+    last = known[-1]
+    if strengths[k] > REACH * strengths[last] or not np.isfinite(plain.energy[0, [last, k]]).all():
         return None
-    guided, node = samples[own[known[-1].strength]], known[-1]
-    reference, natural = tilt(samples[node.source], node.strength), tilt(samples[nodes[0].source], 0.0)
-    se = np.sqrt(guided.energy.var() / len(guided) + reference.variance / reference.ess)
-    shift = abs(natural.energy - reference.energy)
-    off = abs(guided.energy.mean() - reference.energy) + se
-    if off > STAND_IN * shift:
+    exact = joint if nodes[last].source == MBAR else single
+    shift = abs(single.energy[0, 0] - exact.energy[0, last])
+    error = float(se.se(plain.energy[:, last] - exact.energy[:, last]))
+    off = abs(plain.energy[0, last] - exact.energy[0, last]) + error
+    if not off <= STAND_IN * shift:
         return None
-    return float(off / shift * abs(natural.energy - samples[own[s]].energy.mean()))
-
-
-def evaluate(nodes: list[Node], samples: list[Samples], counts: list[np.ndarray]) -> Sweep:
-    """The sweep's values for given counts of every run's samples, [(..., n_k)]."""
-    columns, before = [], None
-    for node in nodes:
-        s, log_z, m, variance, drift = node.strength, *np.full((4, *counts[0].shape[:-1]), np.nan)
-        if node.method == "thermodynamic":
-            run, c = samples[node.source], counts[node.source]
-            m = c @ run.energy / c.sum(-1)
-            variance = c @ run.energy**2 / c.sum(-1) - m**2
-        elif node.source is not None:
-            log_z, m, variance = tilt(samples[node.source], s, counts[node.source])[:3]
-            m = np.full_like(m, np.nan) if node.method == "bounds" else m
-        log_z = np.zeros_like(m) if s == 0 else log_z
-        if before is not None:
-            s_0, log_z_0, m_0, variance_0 = before
-            carried = log_z_0 - (s - s_0) * (m_0 + m) / 2 - (s - s_0) ** 2 * (variance - variance_0) / 12
-            log_z = carried if node.method == "thermodynamic" else log_z
-            drift = log_z - carried
-        columns.append(Sweep(log_z, -s * m - log_z, m, drift))
-        before = (s, log_z, m, variance)  # NaN where m is not known: nothing is carried on from there
-    return Sweep(*(np.stack(x, -1) for x in zip(*columns)))
-
-
-def quadrature_errors(nodes: list[Node], sweep: Sweep) -> np.ndarray:
-    """(K,) how far the Hermite rule is from the integral of a monotone interpolant (PCHIP) of the same m(s),
-    nats.
-
-    PCHIP takes its slopes from m alone and so shares no error of the variances. Errors add up along strengths
-    that are integrated one from the other. Infinite where m is unknown at either end of the interval below, 0
-    at s = 0.
-    """
-    s = np.array([n.strength for n in nodes])
-    errors = np.where(s > 0, np.inf, 0.0)
-    for k in range(1, len(nodes)):
-        first = k
-        while first > 0 and np.isfinite(sweep.energy[first - 1]):
-            first -= 1
-        if not np.isfinite(sweep.energy[k]) or first == k:
-            continue
-        monotone = PchipInterpolator(s[first : k + 1], np.minimum.accumulate(sweep.energy[first : k + 1]))
-        hermite = sweep.log_z[k - 1] - sweep.log_z[k] + sweep.drift[k]
-        errors[k] = abs(float(monotone.integrate(s[k - 1], s[k])) - hermite)
-        if nodes[k].method == "thermodynamic" and nodes[k - 1].method == "thermodynamic":
-            errors[k] += errors[k - 1]
-    return errors
+    return float(off / shift * abs(single.energy[0, 0] - plain.energy[0, k]))

@@ -7,7 +7,7 @@ import numpy as np
 from tiltlens.estimates.samples import Samples
 
 NEEDED = ("strength", "seed", "activation", "energy")
-OPTIONAL = ("z", "log_w", "path_kl")
+OPTIONAL = ("z", "log_w", "path_kl", "weight")
 PILOT = ("energy", "activation")
 
 
@@ -24,12 +24,16 @@ class Group(NamedTuple):
 def read_groups(table: dict, pilot: dict | None) -> list[Group]:
     """The groups of one unit, sorted by strength; the pilot joins strength 0 with clusters -1, -2, ...
 
-    A column of log_w, path_kl or z that is NaN at a whole strength was not recorded there (eta = 0); where it
-    holds some numbers, its NaN are non-finite rows. Raises ValueError as `estimate_curve` says.
+    The cluster of a row is its group of particles, where it has one, and else its seed. A column of log_w, path_kl,
+    weight or z that is NaN at a whole strength was not recorded there (eta = 0, no particles); where it holds some
+    numbers, its NaN are non-finite rows. Raises ValueError as `estimate_curve` says.
     """
     columns = _columns(table, NEEDED, "table")
     columns["strength"] = columns["strength"] + 0.0  # no -0.0
     seeds = np.asarray(table["seed"])
+    if _has(table, "group") and table["group"] is not None:
+        group = np.asarray(table["group"], np.float64)  # null where a row is alone
+        seeds = np.where(np.isnan(group), seeds, group)
     groups = {}
     for s in np.unique(columns["strength"]):
         groups[float(s)] = {k: v[columns["strength"] == s] for k, v in columns.items()}
@@ -88,8 +92,26 @@ def _finite(strength: float, group: dict) -> tuple[dict, np.ndarray]:
 def _group(strength: float, group: dict, keep: np.ndarray, plan: np.ndarray) -> Group:
     found = group["cluster"][keep]
     cluster = np.array([c if c < 0 else np.searchsorted(plan, c) for c in found], np.int64)
-    columns = {k: None if group[k] is None else group[k][keep] for k in ("energy", "log_w", "path_kl")}
+    columns = {k: None if group.get(k) is None else group[k][keep] for k in ("energy", *OPTIONAL[1:])}
+    if columns["weight"] is not None and len(cluster):
+        columns |= _particles(columns, found, group["cluster"])
     z = None if group["z"] is None else group["z"][keep]
     return Group(
         Samples(strength, cluster=cluster, **columns), group["activation"][keep], z, int((~keep).sum())
     )
+
+
+def _particles(columns: dict, kept: np.ndarray, everyone: np.ndarray) -> dict:
+    """weight -> G W_i, of mean 1 in each group, None for groups of one; a particle left out counts as one of weight
+    0: Zhat stays the mean over all G."""
+    names, sizes = np.unique(everyone, return_counts=True)
+    found, of, left = np.unique(kept, return_inverse=True, return_counts=True)
+    if sizes.max() == 1:
+        return {"weight": None}
+    whole = sizes[np.searchsorted(names, found)]
+    total = np.bincount(of, columns["weight"])
+    log_w = columns["log_w"]
+    return {
+        "weight": columns["weight"] * (left / np.where(total > 0, total, 1.0))[of],
+        "log_w": None if log_w is None else log_w + np.log(left / whole)[of],
+    }

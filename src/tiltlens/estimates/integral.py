@@ -1,0 +1,87 @@
+"""Thermodynamic integration: log Z from m(s), and the sweep put together from what was decided.
+
+    log Z(b) - log Z(a) = -int_a^b m(s) ds ~ -[h (m_a + m_b)/2 + h^2 (Var_b - Var_a)/12],   h = b - a
+
+the corrected trapezium (cubic Hermite), with dm/ds = -Var.
+"""
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
+from tiltlens.estimates import mbar
+from tiltlens.estimates.importance import tilt
+from tiltlens.estimates.mbar import Pool
+from tiltlens.estimates.samples import Samples
+from tiltlens.estimates.sweep import MBAR, Node, Sweep
+
+LOG_Z_SHORT, KL_SHORT = 8.0, 20.0  # samples
+
+
+def integral(strengths: np.ndarray, energy: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """int m ds over the interval before each node, (..., K); NaN at the first and where m is unknown."""
+    h = np.diff(strengths)
+    out = np.full(energy.shape, np.nan)
+    ends = (energy[..., :-1] + energy[..., 1:]) / 2
+    out[..., 1:] = h * ends + h**2 * (variance[..., 1:] - variance[..., :-1]) / 12
+    return out
+
+
+def quadrature_errors(strengths: np.ndarray, energy: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """(K,) how far the Hermite rule is from the integral of a monotone interpolant (PCHIP) of the same m(s), nats,
+    over the interval before each node.
+
+    PCHIP takes its slopes from m alone and so shares no error of the variances. Infinite where m is unknown at
+    either end, 0 at the first node.
+    """
+    errors = np.full(len(strengths), np.inf)
+    errors[0] = 0.0
+    hermite = integral(strengths, energy, variance)
+    for k in range(1, len(strengths)):
+        first = k
+        while first > 0 and np.isfinite(energy[first - 1]):
+            first -= 1
+        if np.isfinite(energy[k]) and first < k:
+            falling = np.minimum.accumulate(energy[first : k + 1])
+            monotone = PchipInterpolator(strengths[first : k + 1], falling)
+            errors[k] = abs(float(monotone.integrate(strengths[k - 1], strengths[k])) - hermite[k])
+    return errors
+
+
+def shortfalls(nodes: list[Node], samples: list[Samples], pool: Pool | None) -> np.ndarray:
+    """(2, K): by how much the bootstrap's errors of log_z and kl fall short, 1 + a constant / effective samples.
+
+    KL^ and its error are moments of the same tail: who missed the tail has both too small, and his interval ends
+    below the truth; so it is, less, with log Z of one run, whose control variate is fitted besides. Simulated
+    (Gaussian chains, 16 and 64 seeds, KL 0.1 to 1), 95 % intervals cover in 78 to 93 % without the factors and in
+    92 to 98 % with them.
+    """
+    out = np.ones((2, len(nodes)))
+    for k, node in enumerate(nodes):
+        for row, (source, spread) in enumerate(((node.log_z, LOG_Z_SHORT), (node.source, KL_SHORT))):
+            if source == MBAR:
+                out[row, k] += spread / mbar.effective_seeds(pool, node.strength, samples)
+            elif source is not None and source != MBAR and node.strength:
+                out[row, k] += spread / tilt(samples[source], node.strength).ess
+    return out
+
+
+def compose(nodes: list[Node], found: np.ndarray) -> Sweep:
+    """The sweep that the nodes chose from what was `measure`d, (..., 4, 3, K)."""
+    s = np.array([n.strength for n in nodes])
+    log_z, kl, m, variance = np.full((4, *found.shape[:-3], len(nodes)), np.nan)
+    for k, node in enumerate(nodes):
+        if node.method == "exact":
+            log_z[..., k] = kl[..., k] = 0.0
+        if node.log_z is not None:
+            log_z[..., k] = found[..., 2 if node.log_z == MBAR else 1, 0, k]
+        if node.source is not None:
+            own, m[..., k], variance[..., k] = np.moveaxis(
+                found[..., 2 if node.source == MBAR else 0, :, k], -1, 0
+            )
+            kl[..., k] = -s[k] * m[..., k] - own
+        if node.method == "thermodynamic":
+            m[..., k], variance[..., k] = found[..., 3, 1, k], found[..., 3, 2, k]
+            area = integral(s[k - 1 : k + 1], m[..., k - 1 : k + 1], variance[..., k - 1 : k + 1])
+            log_z[..., k] = log_z[..., k - 1] - area[..., 1]
+            kl[..., k] = -s[k] * m[..., k] - log_z[..., k]
+    return Sweep(log_z, kl, m, variance)

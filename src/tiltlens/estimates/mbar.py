@@ -1,0 +1,213 @@
+"""MBAR: one smooth log Z(s), m(s), Var(s), KL(s) from the draws of all strengths together.
+
+With N_k draws of each q_k, k = 0..K-1, and f_k = -log Z(s_k), the maximum-likelihood estimate of p is a weight
+on every draw, and with it every other strength, sampled or not, is known:
+
+    p_n ~ c_n / D(E_n),   D(E) = sum_j N_j exp(f_j - s_j E),   f_k = -log sum_n c_n exp(-s_k E_n) / D(E_n)
+    Z(s) = sum_n p_n exp(-s E_n) / sum_n p_n,   m = -d log Z/ds,   Var = d2 log Z/ds2,   KL = -s m - log Z
+
+(Shirts and Chodera, Statistically optimal analysis of samples from multiple equilibrium states, 2008; the
+reduced potential is u_k(x) = s_k E(x).) f is the maximum of a concave likelihood, found by Newton. log Z is
+convex and m falls *by construction*: that they do is no evidence. `audit` therefore asks single runs.
+
+*Guided samples are not draws of q_k*: Q_k was sampled, and the weights say how q_k differs. A run of n weighted
+samples stands for N_k = ESS draws, c_n = N_k W_n, and takes part where its weights are healthy. That is the
+limit of re-drawing by weight (systematic, sorted: every sample as often as its weight says), without its
+rounding; the equations hold for any c_n whose weighted means are those of q_k. A natural sample far out, heavy
+in importance sampling, counts for less here: it shares D with the guided ones. Samples of strength 0, and the
+pilot, are draws of p.
+
+pymbar's covariance takes draws for independent; here seeds are shared by strengths and weights repeat. So errors
+come from `bootstrap`, all replicates at once; the tests hold f, and for independent draws the errors, against
+pymbar.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from tiltlens.estimates.importance import KL_ROOT, cluster_ess, ess_floor, relative_variance
+from tiltlens.estimates.samples import Samples
+
+NEWTON, CHORD = 200, 60  # steps at most: of the whole sample; of a replicate, which starts at its solution
+TOLERANCE = 1e-10  # of N_k, that the likelihood's gradient may be off
+REPLICATE_TOLERANCE = 1e-4
+
+
+class Smooth(NamedTuple):
+    """log Z(s) in nats, m(s), Var_{q_s}(E), each (..., S) for strengths (S,)."""
+
+    log_z: np.ndarray
+    energy: np.ndarray
+    variance: np.ndarray
+
+    def kl(self, strengths: np.ndarray) -> np.ndarray:
+        """KL(q_s||p) = -s m(s) - log Z(s), nats."""
+        return -strengths * self.energy - self.log_z
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The draws of K >= 1 strengths, the first of them 0, and their likelihood's maximum.
+
+    members: index of the run of each state; strengths, sizes, free_energy (K,): s_k, N_k, f_k. Of all N samples
+    in one row: energy (N,) measured from `centre`, state (N,) and weight c_n (N,). log_mixture (N,): log D;
+    share (K, N): the part of each state in D; hessian (K - 1, K - 1): of the likelihood, states 1.. alone.
+    """
+
+    members: tuple[int, ...]
+    strengths: np.ndarray
+    sizes: np.ndarray
+    centre: float
+    energy: np.ndarray
+    state: np.ndarray
+    weight: np.ndarray
+    free_energy: np.ndarray
+    log_mixture: np.ndarray
+    share: np.ndarray
+    hessian: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+
+def pool_draws(samples: list[Samples]) -> Pool | None:
+    """All runs whose weights are healthy for KL, with their solution; None without samples of p, the anchor.
+
+    samples: sorted by strength, each strength once.
+    """
+    found = [(k, _draws(run)) for k, run in enumerate(samples)]
+    found = [(k, size) for k, size in found if size]
+    if not found or samples[found[0][0]].strength != 0:
+        return None
+    runs, sizes = [samples[k] for k, _ in found], np.array([size for _, size in found], float)
+    centre = float(runs[0].energy.mean())  # E + c then moves log Z alone
+    e = np.concatenate([run.energy for run in runs]) - centre
+    s = np.array([run.strength for run in runs])
+    state = np.repeat(np.arange(len(runs)), [len(run) for run in runs])
+    c = np.concatenate([_share_out(run, size) for run, size in zip(runs, sizes)])
+    return Pool(tuple(k for k, _ in found), s, sizes, centre, e, state, c, *_maximum(s, sizes, e, c))
+
+
+def _draws(run: Samples) -> float:
+    """N_k: of how many draws of q_k these samples are worth; 0 for a run that may not take part."""
+    if len(run) < 2:
+        return 0.0
+    if run.strength == 0:
+        return float(len(run))
+    variance = relative_variance(run, run.strength, KL_ROOT)
+    if np.isnan(variance):
+        return 0.0
+    w = _share_out(run, 1.0)
+    # even weights count for all n, be they of independent samples or of particles
+    return float(min(1 / (w @ w), 1 / (variance + 1 / len(run))))
+
+
+def _share_out(run: Samples, size: float) -> np.ndarray:
+    w = np.exp(run.log_w - run.log_w.max())
+    return size * w / w.sum()
+
+
+def _maximum(s: np.ndarray, sizes: np.ndarray, e: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(f, log D, share, hessian) where sum_k N_k f_k - sum_n c_n log D(E_n) is largest, f_0 = 0: damped Newton."""
+    log_sizes = np.log(sizes)
+
+    def at(f: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        parts = (log_sizes + f)[:, None] - s[:, None] * e
+        top = parts.max(0)
+        log_d = top + np.log(np.exp(parts - top).sum(0))
+        return parts, log_d, float(sizes @ f - c @ log_d)
+
+    f = np.zeros(len(s))
+    parts, log_d, value = at(f)
+    for _ in range(NEWTON):
+        share = np.exp(parts - log_d)
+        expected = share @ c
+        hessian = ((share * c) @ share.T - np.diag(expected))[1:, 1:]
+        gradient = (sizes - expected)[1:]
+        if (np.abs(gradient) <= TOLERANCE * sizes[1:]).all():
+            break
+        step = np.concatenate([[0.0], np.linalg.lstsq(-hessian, gradient, rcond=1e-14)[0]])
+        step *= min(1.0, 20.0 / np.abs(step).max())  # far off, the likelihood is nearly linear
+        for _ in range(40):
+            trial = at(f + step)
+            if trial[2] >= value - 1e-13 * abs(value):
+                break
+            step = step / 2
+        f, (parts, log_d, value) = f + step, trial
+    return f, log_d, share, hessian
+
+
+def evaluate(pool: Pool, strengths: np.ndarray, counts: list[np.ndarray] | None = None) -> Smooth:
+    """log Z, m and Var at any strengths (S,), for counts of every run's samples, [(..., n_k)], by default once each.
+
+    Each replicate has its own maximum; NaN where a replicate drew nothing of a state, or found none.
+    """
+    s = np.asarray(strengths, float)
+    mixed = pool.weight if counts is None else _replicates(pool, [counts[k] for k in pool.members])
+    log_v = -s[:, None] * pool.energy - pool.log_mixture
+    top = log_v.max(1)
+    v = np.exp(log_v - top[:, None])
+    m_0 = (v * pool.weight) @ pool.energy / (v @ pool.weight)  # moments from here: no cancellation
+    e = pool.energy - m_0[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z, first, second = (mixed @ (v * e**k).T for k in range(3))
+        mean = first / z
+        natural = np.log(mixed @ np.exp(-pool.log_mixture + pool.log_mixture.min())) - pool.log_mixture.min()
+        log_z = np.log(z) + top - np.asarray(natural)[..., None] - s * pool.centre
+        return Smooth(log_z, mean + m_0 + pool.centre, second / z - mean**2)
+
+
+def _replicates(pool: Pool, counts: list[np.ndarray]) -> np.ndarray:
+    """c_n / (D*/D) of each replicate (..., N), with D* at the replicate's own f: Newton with one fixed Hessian."""
+    c = []
+    for k, (count, size) in enumerate(zip(counts, pool.sizes)):
+        drawn = count * pool.weight[pool.state == k]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            c.append(size * drawn / drawn.sum(-1, keepdims=True))
+    c = np.concatenate(c, -1)
+    if len(pool) == 1:
+        return c
+    inverse = np.linalg.pinv(-pool.hessian, rcond=1e-14)
+    g = np.zeros((*c.shape[:-1], len(pool)))
+    for _ in range(CHORD):
+        ratio = c / (np.exp(g) @ pool.share)
+        off = pool.sizes[1:] - np.exp(g[..., 1:]) * (ratio @ pool.share[1:].T)
+        if not (np.abs(off) > REPLICATE_TOLERANCE * pool.sizes[1:]).any():
+            break
+        g[..., 1:] += np.clip(off @ inverse, -1, 1)
+    lost = (np.abs(off) > 0.01 * pool.sizes[1:]).any(-1)
+    ratio[lost] = np.nan
+    return ratio
+
+
+def trusted_draws(pool: Pool, strength: float) -> float:
+    """How many draws the estimate at s rests on, as `importance.trusted_ess` counts: ESS, or N exp(-spread)."""
+    log_v = -strength * pool.energy - pool.log_mixture
+    order = np.argsort(log_v)
+    log_v, c = log_v[order], pool.weight[order]
+    w = np.exp(log_v - log_v[-1])
+    below = np.cumsum(c) / c.sum()
+    median = log_v[np.searchsorted(below, 0.5)]
+    upper = below >= 0.5
+    spread = c[upper] @ (log_v[upper] - median) ** 2 / c[upper].sum()
+    return float(min((c @ w) ** 2 / (c @ w**2), c.sum() * np.exp(-spread)))
+
+
+def effective_seeds(pool: Pool, strength: float, samples: list[Samples]) -> float:
+    """`cluster_ess` of the draws at s: seeds shared by strengths count once; particles count singly."""
+    runs = [samples[k] for k in pool.members]
+    offset = 1 + max(int(run.cluster.max()) for run in runs)
+    ids = []
+    for run in runs:
+        alone = offset + np.arange(len(run))
+        ids.append(run.cluster if run.weight is None else alone)
+        offset += len(run)
+    log_v = -strength * pool.energy - pool.log_mixture
+    return cluster_ess(pool.weight * np.exp(log_v - log_v.max()), np.concatenate(ids))
+
+
+def healthy(pool: Pool, strength: float, root: float) -> bool:
+    """Whether enough draws count at this strength; root: LOG_Z_ROOT or KL_ROOT."""
+    return trusted_draws(pool, strength) >= ess_floor(pool.sizes.sum(), root)
