@@ -79,13 +79,13 @@ def test_the_oracle_meets_the_mixture_as_steps_shrink(eta):
 
 
 def test_the_bounds_hold_on_the_oracle():
-    """-l m - log Z(l) <= KL(q'||p) <= path KL, with nothing sampled."""
+    """-u m - log Z(u) <= KL(q'||p) <= path KL, with nothing sampled."""
     sampler = made("dps", Linear(False))
     base, s = law_of(sampler.chain, 5.5), 0.8
     guided = law_of(sampler.chain, 5.5, sampler.guidance, sampler.constraint, s)
     lower = max(
-        l * guided.mean(lambda x: x) - base.log_z(lambda x: -x, l) for l in torch.linspace(0, 4, 41).tolist()
-    )  # noqa: E741
+        u * guided.mean(lambda x: x) - base.log_z(lambda x: -x, u) for u in torch.linspace(0, 4, 41).tolist()
+    )
     assert torch.equal(base.x_0, guided.x_0)
     keep = guided.weight > 1e-14
     kl = float((guided.weight * (guided.weight.log() - base.weight.log()))[keep].sum())

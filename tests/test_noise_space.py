@@ -8,6 +8,7 @@ import torch
 from chain_oracle import law_of, law_without_noise
 from prior_folders import write_pixel
 
+from tiltlens.api import tilt
 from tiltlens.energies import Linear, Target
 from tiltlens.guidance import DPS
 from tiltlens.priors import GaussianMixture, load_prior
@@ -315,6 +316,20 @@ def test_diagnostics_tell_how_the_walks_moved():
     assert all(0 < a <= 1 for a in told["acceptance"])
     assert 1 <= told["autocorrelation"] < 20
     assert told["effective"] == pytest.approx(64 * 21 / told["autocorrelation"])
+
+
+@each_eta
+def test_a_run_folder_holds_weights_and_diagnostics(tmp_path, eta):
+    """From the one call that a notebook makes; at eta = 0 the KL is there too."""
+    unit = Projection([1.0])
+    found = tilt(GaussianMixture(*LINE), unit, [0.0, 1.0], 32, energy=Linear(False), guidance=DPS(), pilot=0, steps=6,
+                 eta=eta, sampler=NoiseSpace(4, 1, 2), out=tmp_path, accelerator="cpu")  # fmt: skip
+    row = found.curve[1]
+    assert row["log_z"] is not None
+    assert row["path_kl"] > row["kl_lower"] > 0
+    assert not any("eta = 0" in w for w in found.warnings)
+    (told,) = found.folder.read_manifest()["diagnostics"]
+    assert (told["unit"], told["strength"], told["n"]) == (unit.name, 1.0, 32)
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.5, 0.9])

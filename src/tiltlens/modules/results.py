@@ -41,7 +41,7 @@ def estimate_run(folder: RunFolder, module: Any, data: Any) -> None:
             "quantiles": {f"q{q:g}": float(torch.quantile(reference.activations, q)) for q in (0.01, 0.05, 0.5, 0.95, 0.99)}
             if len(reference.activations) else {},
         }  # fmt: skip
-    if module.eta == 0:
+    if module.eta == 0 and not np.isfinite(table["log_w"].astype(float)).any():
         warnings.insert(0, DETERMINISTIC)
     if pilots is not None:
         _write_table(folder, "pilot/samples.parquet", pilots)

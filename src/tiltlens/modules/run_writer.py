@@ -169,7 +169,9 @@ class RunFolderWriter(Callback):
         names = [u.name for u in module.units]
         missing = [r for r in data.rows() if (names[r.unit], r.strength, r.seed) not in done]
         estimate_run(self.folder, module, data)
+        told = [{**d, "unit": module.units[d["unit"]].name} for d in module.method.diagnostics()]
         self.folder.write_manifest({
+            **({"diagnostics": told} if told else {}),
             "state": "incomplete" if missing else "complete", "finished": _now(),
             "timings": {
                 "seconds": time.time() - self._began, "pilot_seconds": module.pilot_seconds,

@@ -31,10 +31,11 @@ class SamplingModule(LightningModule):
 
     prior: "bundled", a diffusers folder or hub name, or a Prior. unit: an address, its keys as a mapping, a Unit, or a
     list of these. energy: the soft constraint, Linear by default. guidance: Calibrated by default. sampler: Independent
-    rows by default; Particles for weighted groups of rows and an unbiased Z. steps: network calls of a sample. eta: 0 (deterministic; no KL) to 1 (ancestral). spacing: of the steps, log-snr or index. clip: clamp clean
-    estimates to [-1, 1] in base and guided law. pilot: unguided trajectories for calibration, 0 for none. natural: an
-    image folder that says what is natural, in place of the pilot's samples. precision: of the prior's network,
-    float32 or bfloat16. prompt: for text-conditional priors.
+    rows by default; Particles for weighted groups of rows and an unbiased Z; NoiseSpace for walks with no gradient.
+    steps: network calls of a sample. eta: 0 (deterministic; KL with NoiseSpace alone) to 1 (ancestral). spacing: of the
+    steps, log-snr or index. clip: clamp clean estimates to [-1, 1] in base and guided law. pilot: unguided trajectories
+    for calibration, 0 for none. natural: an image folder that says what is natural, in place of the pilot's samples.
+    precision: of the prior's network, float32 or bfloat16. prompt: for text-conditional priors.
     """
 
     def __init__(

@@ -2,8 +2,9 @@
 
 For each (unit, schedule), under the prefix UNIT/SCHEDULE: one history row a strength, in order of strength, with exact
 metric names that have the strength as their x axis; grids of images on fixed seeds, strength 0 first; histograms; the
-norm of the guidance at each step against log-SNR, and with particles their ESS and unique ancestors; and one sortable
-table of samples. Of particles, pictures and histograms show the equally weighted output.
+norm of the guidance at each step against log-SNR, with particles their ESS and unique ancestors, and with walks in
+noise space the acceptance on their ladder; and one sortable table of samples. Of particles, pictures and histograms
+show the equally weighted output.
 """
 
 from pathlib import Path
@@ -49,6 +50,7 @@ class WandbCurve(Callback):
             rows = [r for r in folder.read_summary()["rows"] if r["unit"] == unit.name]
             log_curve(run, prefix, rows, mine, folder)
             log_steps(run, prefix, folder, unit.name, mine["group"])
+            log_walks(run, prefix, folder, unit.name)
             if pl_module.prior.images:
                 run.log(
                     {
@@ -153,6 +155,23 @@ def log_steps(run: Any, prefix: str, folder: RunFolder, unit: str, groups: np.nd
             for name, rows in of.items():
                 entry[f"{prefix}/{name}/strength {s:g}"] = float(np.nanmean(mine[name][here & rows]))
         run.log(entry)
+
+
+def log_walks(run: Any, prefix: str, folder: RunFolder, unit: str) -> None:
+    """Of walks in noise space: acceptance and step size on the ladder of each strength, against the ladder's strength;
+    autocorrelation and effective samples of the moves at the strength itself."""
+    told = [d for d in folder.read_manifest().get("diagnostics", []) if d["unit"] == unit and "ladder" in d]
+    for d in told:
+        at = f"strength {d['strength']:g}"
+        x = f"{prefix}/ladder/{at}"
+        run.define_metric(x)
+        for name in ("acceptance", "beta"):
+            run.define_metric(f"{prefix}/{name}/{at}", step_metric=x, step_sync=False)
+        for s, acceptance, beta in zip(d["ladder"], d["acceptance"], d["beta"]):
+            run.log({x: s, f"{prefix}/acceptance/{at}": acceptance, f"{prefix}/beta/{at}": beta})
+        run.summary.update(
+            {f"{prefix}/{name}/{at}": d[name] for name in ("autocorrelation", "effective", "lost")}
+        )
 
 
 def log_table(run: Any, samples: dict[str, np.ndarray], folder: RunFolder) -> None:

@@ -109,6 +109,10 @@ class ChainSampler:
         """Sample these rows, whole groups one after another, as one batch; progress(step, steps)."""
         raise NotImplementedError
 
+    def diagnostics(self) -> list[dict]:
+        """How the sampling went, where rows do not say it: for each unit (index) and strength a dict of plain numbers."""
+        return []
+
     def describe(self) -> dict:
         """Name and settings: part of a run's identity."""
         return {

@@ -151,9 +151,10 @@ class NoiseSpace(ChainSampler):
         for unit, strength in names:
             mine = [(w, [i for i, r in enumerate(rows) if (r.unit, r.strength) == (unit, strength)])
                     for rows, w in self._walks]  # fmt: skip
-            take = lambda name, mine=mine: (
-                torch.cat([getattr(w, name)[i] for w, i in mine if i]).cpu().numpy()
-            )  # noqa: E731
+
+            def take(name: str, mine: list = mine) -> np.ndarray:
+                return torch.cat([getattr(w, name)[i] for w, i in mine if i]).cpu().numpy()
+
             trace = take("trace")
             tau, effective = autocorrelation_time(trace[np.isfinite(trace).all(1)])
             out.append({
