@@ -28,8 +28,8 @@ SMALLEST = 1e-3  # beta
 class BurnIn:
     """One unit's burn-in. walk: the map of its replicas, all of one unit. seeds: of the burn-in's own domain.
 
-    beta(s) and ladder(s, levels) climb as far as they need. strengths, betas, lengths: what was learned, noise free
-    from here on: a value once given is never changed.
+    beta(s) and ladder(s, levels) climb as far as they need. strengths, betas, deviations (of E), lengths: what was
+    learned at each stop, frozen from there on.
     """
 
     def __init__(self, walk: NoiseMap, seeds, device: torch.device | str, dtype: torch.dtype):
@@ -37,7 +37,7 @@ class BurnIn:
         self._noise = walk.noise(seeds, device, dtype, domain="burn-in")
         self._point = walk(self._noise.start())
         self.strengths, self.betas, self.lengths = [0.0], [1.0], [0.0]
-        self._spread = self._deviation()
+        self.deviations = [self._deviation()]
 
     def beta(self, strength: np.ndarray) -> np.ndarray:
         """Step sizes at these strengths, log-linear between those of the burn-in."""
@@ -57,7 +57,7 @@ class BurnIn:
             self._rise()
 
     def _rise(self) -> None:
-        low, spread, beta = self.strengths[-1], self._spread, self.betas[-1]
+        low, spread, beta = self.strengths[-1], self.deviations[-1], self.betas[-1]
         high = max(low + LENGTH / max(spread, 1e-9), low * GROWTH)
         at = lambda x: torch.full_like(self._point.energy, x)  # noqa: E731
         for _ in range(MOVES):
@@ -66,10 +66,10 @@ class BurnIn:
             sound = ~self._point.energy.isnan()
             rate = float(move.probability[sound].mean()) if bool(sound.any()) else 0.0
             beta = min(max(beta * math.exp(GAIN * (rate - TARGET)), SMALLEST), 1.0)
-        self._spread = self._deviation()
+        self.deviations.append(self._deviation())
         self.strengths.append(high)
         self.betas.append(beta)
-        self.lengths.append(self.lengths[-1] + (high - low) * (spread + self._spread) / 2)
+        self.lengths.append(self.lengths[-1] + (high - low) * (spread + self.deviations[-1]) / 2)
 
     def _deviation(self) -> float:
         energy = self._point.energy[~self._point.energy.isnan()]

@@ -1,0 +1,335 @@
+"""Three ways to KL(s), side by side: particles, MBAR over their sweep, and the gradient-free referee in noise space.
+
+    python benchmarks/referee.py [--out figures.json] [--units ADDRESS ...] [--nats 3] [--device cuda] [--quick]
+
+For every unit the referee's burn-in says at which strength KL(q_s||p) is near --nats; its annealed walks go there,
+and are read at four strengths on the way, even in thermodynamic length. Particles (Calibrated guidance) sample the same
+four strengths on other seeds, and MBAR takes their weighted samples together with a pool of unguided ones. Nothing but
+the units' standardisation and the law, p of this chain at strength 0, is shared by particles and referee.
+
+KL in nats, +- one standard error (bootstrap over groups of particles, or over walks); in parentheses where the weights
+do not stand for it themselves (see estimates/importance.py). off: the difference from the referee in units of the
+combined standard error. kl_lower <= KL(q^||p) <= path KL bound what the particles sampled, and path KL of the walks what
+the walks did. m(s) of the second table is that of plain Metropolis chains at the largest strength, against the walks.
+The tables go to stdout, progress to stderr.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tiltlens.energies import Linear
+from tiltlens.estimates import estimate_curve, mbar
+from tiltlens.estimates.bootstrap import replicate
+from tiltlens.estimates.bounds import mean
+from tiltlens.estimates.importance import KL_ROOT, relative_variance, tilt
+from tiltlens.estimates.samples import Samples
+from tiltlens.guidance import Calibrated
+from tiltlens.priors import load_prior
+from tiltlens.sampling import NoiseSpace, Particles
+from tiltlens.sampling.burn_in import BurnIn
+from tiltlens.sampling.chain_sampler import Parts
+from tiltlens.sampling.equilibrium import equilibrium
+from tiltlens.sampling.pilot import UnitPilot
+from tiltlens.sampling.plan import Row
+from tiltlens.sampling.sampler import Sampler
+from tiltlens.units import UnitBank, build_unit
+
+UNITS = [
+    "bundled,class=horse",
+    "bundled,class=ship",
+    "bundled,layer=blocks.3,tokens=patch,reduction=mean,channel=17",
+    "bundled,layer=blocks.2,tokens=patch,reduction=mean,channel=5",
+    "bundled,layer=blocks.4,tokens=cls,channel=40",
+]
+STRENGTHS = 4
+WALKS, CHAINS = 100_000, 200_000  # first seeds; those of particles begin at 0
+TOLERANCE = 3.0  # combined standard errors
+
+
+@dataclass
+class Figure:
+    """One strength of one unit. Pairs are (estimate, standard error); sound: whether the weights stand for it."""
+
+    unit: str
+    strength: float
+    particles: tuple[float, float]
+    mbar: tuple[float, float]
+    walks: tuple[float, float]
+    sound: tuple[bool, bool, bool]
+    kl_lower: float | None
+    path_kl: float | None
+    walk_path_kl: tuple[float, float]
+    ess: tuple[float, float, float]
+
+    def off(self, name: str) -> float:
+        """Of particles or mbar from the walks, in combined standard errors."""
+        a, b = getattr(self, name), self.walks
+        return (a[0] - b[0]) / float(np.hypot(a[1], b[1]))
+
+
+class Bench:
+    """One prior, one chain, all units; one pool of unguided trajectories."""
+
+    def __init__(self, asked: argparse.Namespace):
+        self.asked = asked
+        prior = load_prior(asked.prior, precision=asked.precision)
+        bank = UnitBank([build_unit(u) for u in asked.units])
+        bank.validate(prior.image_size)
+        self.names = [u.name for u in bank.units]
+        self.particles = Particles(asked.particles)
+        self.sampler = Sampler(
+            prior, bank, Linear(), Calibrated(), asked.steps, device=asked.device, method=self.particles
+        )
+        pilots = self.sampler.run_pilot(asked.pool, asked.batch_size, lambda k, n: tell(f"pool {k}/{n}"))
+        slopes = [UnitPilot(p.members[: asked.pilot], p.path[:, : asked.pilot]) for p in pilots]
+        self.sampler.calibrate(slopes, [p.members for p in pilots])
+        self.parts = Parts(prior, self.sampler.chain, self.sampler.constraint, self.sampler.guidance, asked.device,
+                           self.sampler.dtype)  # fmt: skip
+        self.pool = []
+        for unit, pilot, n in zip(bank.units, pilots, self.sampler.constraint.naturals):
+            a = unit.combine((pilot.members - n.member_mean) / n.member_std).double().numpy()
+            z = (a - n.mean) / n.std
+            self.pool.append({"energy": -z, "activation": a, "z": z})
+
+    def unit(self, u: int) -> tuple[list[Figure], dict]:
+        asked, start = self.asked, time.perf_counter()
+        referee = NoiseSpace(asked.levels, final=asked.final)
+        top = strength_of(referee.burn_in(self.parts, u), asked.nats)
+        walks = [referee.walk(self.parts, [Row(u, top, WALKS + k) for k in seeds], self.tell(f"{self.names[u]}, walks"))
+                 for seeds in batches(asked.walks, asked.batch_size)]  # fmt: skip
+        join = lambda name: torch.cat([getattr(w, name) for w in walks]).cpu().numpy()  # noqa: E731
+        ladder, energies, log_w = join("ladder")[0], join("energies"), join("log_weights")
+        seconds = [time.perf_counter() - start]
+        at = np.linspace(0, asked.levels, STRENGTHS + 1).round().astype(int)[1:]
+        strengths = [float(ladder[k]) for k in at]
+        table = self.sweep(u, strengths)
+        seconds.append(time.perf_counter() - start - seconds[0])
+        figures = self.figures(u, strengths, energies[:, at], log_w[:, at], table)
+        chains = equilibrium(
+            referee, self.parts, u, top, range(CHAINS, CHAINS + asked.chains), asked.moves, asked.moves // 4,
+            self.tell(f"{self.names[u]}, chains"),
+        )  # fmt: skip
+        told = next(d for d in referee.diagnostics() if d["strength"] == top)
+        last = run_of(top, energies[:, -1], log_w[:, -1])
+        m, m_se = estimate(last, lambda run, counts: tilt(run, top, counts).energy)
+        return figures, {
+            "unit": self.names[u], "strength": top, "acceptance": [min(told["acceptance"]), max(told["acceptance"])],
+            "beta": told["beta"][-1], "lost": told["lost"], "autocorrelation": chains.autocorrelation,
+            "effective": chains.effective, "m_chains": chains.energy, "m_chains_se": chains.energy_se,
+            "m_walks": m, "m_walks_se": m_se, "seconds_walks": seconds[0], "seconds_particles": seconds[1],
+        }  # fmt: skip
+
+    def sweep(self, u: int, strengths: list[float]) -> dict[str, np.ndarray]:
+        """The particles' rows at every strength, as columns."""
+        columns: dict[str, list] = {}
+        size = self.particles.group_size
+        for s in strengths:
+            for g in range(self.asked.groups):
+                rows = [Row(u, s, g * size + k) for k in range(size)]
+                found = self.sampler.sample(
+                    rows,
+                    self.tell(f"{self.names[u]}, particles at {s:.3g}, group {g + 1}/{self.asked.groups}"),
+                )
+                named = {"strength": [r.strength for r in rows], "seed": [r.seed for r in rows]}
+                kept = ("activation", "z", "energy", "log_w", "path_kl", "finite", "group", "weight")
+                named |= {k: getattr(found, k).numpy() for k in kept}
+                for k, v in named.items():
+                    columns.setdefault(k, []).append(v)
+        return {k: np.concatenate(v) for k, v in columns.items()}
+
+    def figures(self, u: int, strengths: list[float], energies, log_w, table) -> list[Figure]:
+        """energies, log_w: of the walks (walks, strengths)."""
+        curve, _ = estimate_curve(self.names[u], table, self.pool[u])
+        free = Samples(0.0, self.pool[u]["energy"], None, None, -1 - np.arange(self.asked.pool))
+        size = self.particles.group_size
+        runs = []
+        for s in strengths:
+            mine = {k: v[table["strength"] == s] for k, v in table.items()}
+            keep = mine["finite"]
+            runs.append(Samples(s, *(mine[k][keep] for k in ("energy", "log_w", "path_kl")), mine["group"][keep],
+                                mine["weight"][keep] * size if size > 1 else None))  # fmt: skip
+        pool = mbar.pool_draws([free, *runs])
+        joint = replicate(
+            lambda counts: mbar.evaluate(pool, strengths, counts).kl(np.array(strengths)),
+            [run.cluster for run in (free, *runs)],
+        )
+        joint_se = joint.se()
+        out = []
+        for k, (s, run) in enumerate(zip(strengths, runs)):
+            walks = run_of(s, energies[:, k], log_w[:, k])
+            row = next(r for r in curve if r["strength"] == s)
+            kl = lambda run, counts, s=s: tilt(run, s, counts).kl(s)  # noqa: E731
+            sound = [bool(np.isfinite(relative_variance(x, s, KL_ROOT))) for x in (run, walks)]
+            spent = mean(walks.path_kl)
+            out.append(Figure(
+                self.names[u], s, estimate(run, kl), (float(joint.values[0, k]), float(joint_se[k])), estimate(walks, kl),
+                (sound[0], bool(mbar.healthy(pool, s, KL_ROOT)), sound[1]), row["kl_lower"], row["path_kl"],
+                (float(spent.value), float(spent.se)),
+                (tilt(run, s).ess, mbar.trusted_draws(pool, s), tilt(walks, s).ess),
+            ))  # fmt: skip
+        return out
+
+    def tell(self, what: str):
+        return lambda done, total: tell(f"{what}: {done}/{total}")
+
+
+def strength_of(burn_in: BurnIn, nats: float) -> float:
+    """Where KL = integral_0^s r Var(E) dr, by the burn-in's few replicas, reaches so many nats; three digits."""
+    while True:
+        s, rate = np.array(burn_in.strengths), np.array(burn_in.strengths) * np.array(burn_in.deviations) ** 2
+        kl = np.concatenate([[0.0], np.cumsum(np.diff(s) * (rate[1:] + rate[:-1]) / 2)])
+        if kl[-1] >= nats:
+            return float(f"{np.interp(nats, kl, s):.3g}")
+        burn_in.beta(np.array(np.nextafter(s[-1], np.inf)))
+
+
+def run_of(strength: float, energy: np.ndarray, log_w: np.ndarray) -> Samples:
+    """The walks at one level, as samples with weights."""
+    keep = np.isfinite(energy) & np.isfinite(log_w)
+    energy, log_w = energy[keep], log_w[keep]
+    return Samples(strength, energy, log_w, -(log_w + strength * energy), np.flatnonzero(keep))
+
+
+def estimate(run: Samples, statistic) -> tuple[float, float]:
+    """(value, standard error) of a statistic (run, counts) -> (B,)."""
+    found = replicate(lambda counts: statistic(run, counts[0])[:, None], [run.cluster])
+    return float(found.values[0, 0]), float(found.se()[0])
+
+
+def batches(n: int, size: int) -> list[range]:
+    return [range(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def tell(text: str, end: str = "\r") -> None:
+    if end == "\n" or sys.stderr.isatty():
+        print(f"\x1b[K{text}" if sys.stderr.isatty() else text, end=end, file=sys.stderr, flush=True)
+
+
+def pm(pair: tuple[float, float], sound: bool = True) -> str:
+    text = f"{pair[0]:.2f} ± {pair[1]:.2f}"
+    return text if sound else f"({text})"
+
+
+def number(x: float | None, sign: str = "") -> str:
+    return "–" if x is None or not np.isfinite(x) else f"{x:{sign}.2f}"
+
+
+def print_figures(figures: list[Figure]) -> None:
+    print(
+        "\n| unit | strength | KL particles | KL MBAR | KL noise space | off particles | off MBAR | kl_lower | path KL "
+        "| path KL walks | ESS particles, MBAR, walks |"
+    )
+    print("|---" * 11 + "|")
+    for f in figures:
+        kls = [pm(x, sound) for x, sound in zip((f.particles, f.mbar, f.walks), f.sound)]
+        ess = ", ".join(f"{x:.0f}" for x in f.ess)
+        print(
+            f"| {f.unit} | {f.strength:.3g} | {' | '.join(kls)} | {number(f.off('particles'), '+')} | {number(f.off('mbar'), '+')} "
+            f"| {number(f.kl_lower)} | {number(f.path_kl)} | {pm(f.walk_path_kl)} | {ess} |"
+        )
+
+
+def print_walks(told: list[dict]) -> None:
+    print("\n| unit | strength | acceptance | beta at the end | autocorrelation | effective | m(s) chains | m(s) walks "
+          "| off | lost | s walks | s particles |")  # fmt: skip
+    print("|---" * 12 + "|")
+    for d in told:
+        chains, walks = (d["m_chains"], d["m_chains_se"]), (d["m_walks"], d["m_walks_se"])
+        off = (chains[0] - walks[0]) / np.hypot(chains[1], walks[1])
+        print(
+            f"| {d['unit']} | {d['strength']:.3g} | {d['acceptance'][0]:.2f} to {d['acceptance'][1]:.2f} | {d['beta']:.2f} "
+            f"| {d['autocorrelation']:.1f} | {d['effective']:.0f} | {pm(chains)} | {pm(walks)} | {number(off, '+')} "
+            f"| {d['lost']} | {d['seconds_walks']:.0f} | {d['seconds_particles']:.0f} |"
+        )
+
+
+def verdict(figures: list[Figure]) -> dict:
+    """Where both estimates stand for themselves they must agree."""
+    both = [(f, name, f.off(name)) for f in figures
+            for name, sound in (("particles", f.sound[0]), ("mbar", f.sound[1])) if sound and f.sound[2]]  # fmt: skip
+    both = [(f, name, off) for f, name, off in both if np.isfinite(off)]
+    wrong = [x for x in both if abs(x[2]) > TOLERANCE]
+    rms = float(np.sqrt(np.mean([off**2 for *_, off in both]))) if both else float("nan")
+    said = "FAIL" if wrong else "PASS" if both else "NOTHING TO COMPARE"
+    print(
+        f"\n{said}: {len(both) - len(wrong)} of {len(both)} comparisons in which both sides stand for their weights agree "
+        f"within {TOLERANCE:g} combined standard errors; root mean square {rms:.2f}, ideal 1 or less."
+    )
+    for f, name, off in wrong:
+        print(f"- {f.unit}, strength {f.strength:.3g}: {name} off by {off:+.1f}")
+    return {"verdict": said, "compared": len(both), "off": len(wrong), "rms": rms}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prior", default="bundled", help="bundled, a diffusers folder, or a hub name")
+    parser.add_argument("--precision", default="bfloat16", help="of the prior's network: bfloat16 or float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--units", nargs="+", default=UNITS, help="addresses")
+    parser.add_argument("--nats", type=float, default=3.0, help="KL at the largest strength, about")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--pool", type=int, default=256, help="unguided samples")
+    parser.add_argument("--pilot", type=int, default=64, help="of the pool, for the slopes of Calibrated")
+    parser.add_argument("--particles", type=int, default=64, help="in a group")
+    parser.add_argument("--groups", type=int, default=4, help="of particles, at each strength")
+    parser.add_argument("--walks", type=int, default=128)
+    parser.add_argument("--levels", type=int, default=32, help="of a walk's ladder, a multiple of 4")
+    parser.add_argument("--final", type=int, default=4, help="further moves at its end")
+    parser.add_argument("--chains", type=int, default=32, help="Metropolis chains at the largest strength")
+    parser.add_argument(
+        "--moves", type=int, default=32, help="of a chain, after a quarter as many to warm up"
+    )
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--quick", action="store_true", help="does it run: one unit, a few samples and steps")
+    asked = parser.parse_args()
+    if asked.quick:
+        asked.steps, asked.pool, asked.pilot, asked.particles, asked.groups = 8, 32, 32, 8, 2
+        asked.walks, asked.levels, asked.final, asked.chains, asked.moves = 16, 4, 1, 16, 4
+        asked.batch_size, asked.units, asked.nats = 16, asked.units[:1], 1.0
+    if not 8 <= asked.pilot <= asked.pool:
+        parser.error("expected 8 <= --pilot <= --pool")
+    if asked.levels % STRENGTHS:
+        parser.error(f"expected --levels a multiple of {STRENGTHS}, found {asked.levels}")
+    return asked
+
+
+def main() -> None:
+    asked, start = arguments(), time.perf_counter()
+    bench = Bench(asked)
+    figures, told = [], []
+    for u in range(len(bench.names)):
+        found, walk = bench.unit(u)
+        figures += found
+        told.append(walk)
+        tell(f"{bench.names[u]}: {time.perf_counter() - start:.0f} s", end="\n")
+    seconds = time.perf_counter() - start
+    prior = bench.parts.prior
+    print(
+        f"prior {prior.name} ({prior.fingerprint[:12]}), {asked.precision}, {asked.device}; {asked.steps} steps, eta 1, uniform in "
+        f"log-SNR; {asked.groups} groups of {asked.particles} particles a strength; {asked.walks} walks on {asked.levels} "
+        f"levels; pool of {asked.pool}; {seconds / 60:.1f} minutes"
+        + (" (--quick: the figures mean nothing)" if asked.quick else "")
+    )
+    print_figures(figures)
+    print_walks(told)
+    closing = verdict(figures)
+    if asked.out:
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(asked).items()}
+        body = {"settings": settings, "prior_sha256": prior.fingerprint, "seconds": seconds,
+                "rows": [asdict(f) for f in figures], "walks": told, **closing}  # fmt: skip
+        asked.out.write_text(json.dumps(body, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
