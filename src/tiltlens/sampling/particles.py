@@ -218,7 +218,10 @@ class Particles(ChainSampler):
         weights = Weights.of(last.log_w(g))
         log_w = log_z.cpu()[:, None] + last.log_w(g)
         log_z_hat = torch.where(strength[::g] > 0, log_z.cpu() + weights.log_mean, 0.0)
-        ancestor = systematic(weights.w, noise.uniform("resampling", range(0, len(level), g)).cpu())
+        some = torch.where(
+            (weights.ess > 0)[:, None], weights.w, 1 / g
+        )  # a group with none left is put right below
+        ancestor = systematic(some, noise.uniform("resampling", range(0, len(level), g)).cpu())
         copies = torch.zeros_like(ancestor).scatter_add(1, ancestor, torch.ones_like(ancestor))
         copies[weights.ess == g] = 1  # equal weights: rounding would leave a row out and take another twice
         copies[weights.ess == 0] = 0

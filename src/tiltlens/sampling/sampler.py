@@ -74,10 +74,13 @@ class Sampler:
 
     def sample(self, rows: Sequence[Row], progress: Callable[[int, int], None] | None = None) -> Samples:
         """Sample these rows as one batch, in whole groups where the method has groups; progress(step, steps)."""
+        return self.method.run(self.parts(), rows, progress)
+
+    def parts(self) -> Parts:
+        """What the method works with; calibrated by now."""
         if self.constraint is None:
             raise RuntimeError("calibrate the sampler before sampling")
-        parts = Parts(self.prior, self.chain, self.constraint, self.guidance, self.device, self.dtype)
-        return self.method.run(parts, rows, progress)
+        return Parts(self.prior, self.chain, self.constraint, self.guidance, self.device, self.dtype)
 
 
 def _lenient(unit, members: Tensor) -> Natural:
