@@ -21,8 +21,14 @@ GUIDANCES = {
 ENERGIES = {"linear": Linear(False), "target": Target(1.0, 0.8, False), "threshold": Threshold(1.5, False)}
 LEVELS = {"linear": 0.0, "target": 1.0, "threshold": 1.5}
 # with memory the shift depends on the whole past, but for a linear energy of a projection, whose gradient is constant
-MARKOV = [(g, e) for g in GUIDANCES for e in ("linear", "target") if g != "calibrated" or e == "linear"]
-N = 3000
+# (and LGD is DPS)
+MARKOV = [
+    (g, e)
+    for g in GUIDANCES
+    for e in ("linear", "target")
+    if (g, e) not in (("calibrated", "target"), ("lgd", "linear"))
+]
+N = 2000
 
 
 def made(name, energy, steps=8, eta=1.0) -> Sampler:
@@ -71,10 +77,10 @@ def test_the_mean_weight_is_z_of_the_chain_itself(energy):
 def test_the_oracle_meets_the_mixture_as_steps_shrink(eta):
     """The law of the chain is not that of the mixture, and comes to it."""
     prior, off = GaussianMixture(*LINE), []
-    for steps in (8, 16, 32):
+    for steps in (8, 16, 24):
         law = law_of(made("dps", Linear(False), steps, eta).chain, 5.5)
         off.append(abs(law.log_z(lambda x: -x, 1.0) - float(prior.log_z([1.0], 1.0))))
-    assert off[-1] < 0.006 < off[0], off
+    assert off[-1] < 0.012 < off[0], off
     assert off[0] > off[1] > off[2], off
 
 

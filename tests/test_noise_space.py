@@ -9,7 +9,7 @@ from chain_oracle import law_of, law_without_noise
 from prior_folders import write_pixel
 
 from tiltlens.api import tilt
-from tiltlens.energies import Linear, Target
+from tiltlens.energies import Linear, Target, Threshold
 from tiltlens.guidance import DPS
 from tiltlens.priors import GaussianMixture, load_prior
 from tiltlens.sampling import NoiseSpace
@@ -97,7 +97,7 @@ def test_a_longer_ladder_closes_the_gap():
 @each_energy
 @pytest.mark.parametrize("d", [2, 16])
 def test_log_z_in_more_dimensions(energy, d):
-    """Truth: 60,000 unguided samples of the same chain, re-weighted."""
+    """Truth: 40,000 unguided samples of the same chain, re-weighted."""
     e, _ = ENERGIES[energy]
     g = torch.Generator().manual_seed(d)
     means = torch.randn(3, d, generator=g).mul(0.6).tolist()
@@ -107,7 +107,7 @@ def test_log_z_in_more_dimensions(energy, d):
         made(e, prior=GaussianMixture([0.5, 0.3, 0.2], means, [0.3, 0.5, 0.2]), directions=[direction]),
         0.7,
     )
-    n = 60_000
+    n = 40_000
     space = NoiseMap(sampler.chain, parts(sampler).bound(rows(n, s)))
     free = (-s * space(torch.randn(n, space.draws, d, generator=g, dtype=torch.float64)).energy).exp()
     z, se = float(free.mean()), float(free.std()) / n**0.5
@@ -128,8 +128,8 @@ def test_a_move_leaves_q_s_as_it_is(beta, eta):
     e, level = ENERGIES["target"]
     sampler, s, n = made(e, eta=eta), 1.5, 3000
     g = torch.Generator().manual_seed(1)
-    pool = NoiseMap(sampler.chain, parts(sampler).bound(rows(60_000, s)))
-    free = pool(torch.randn(60_000, pool.draws, 1, generator=g, dtype=torch.float64))
+    pool = NoiseMap(sampler.chain, parts(sampler).bound(rows(40_000, s)))
+    free = pool(torch.randn(40_000, pool.draws, 1, generator=g, dtype=torch.float64))
     taken = torch.multinomial((-s * free.energy).softmax(0), n, generator=g)
     point = Point(*(x[taken] for x in vars(free).values()))
     space = NoiseMap(sampler.chain, parts(sampler).bound(rows(n, s)))
@@ -263,6 +263,15 @@ def test_step_sizes_bring_the_acceptance_to_its_target():
     assert float(walk.beta[0, -1]) < 0.5
     assert 0.15 < float(walk.accepted[:, -1].mean()) < 0.5
     assert float(walk.accepted.mean(0).min()) > 0.1
+
+
+def test_a_constraint_that_all_samples_meet_costs_nothing():
+    """E = 0 everywhere: no spread to make steps by, and Z = 1."""
+    sampler = made(Threshold(-50.0, False))
+    walk = sampler.method.walk(parts(sampler), rows(8, 3.0))
+    assert walk.log_w.abs().max() == 0
+    assert (walk.accepted == 1).all()
+    assert torch.allclose(walk.ladder[0], torch.linspace(0, 3, 7).double())
 
 
 # --- no gradient, broken proposals, what is told -------------------------------------------

@@ -45,9 +45,11 @@ class BurnIn:
         return np.exp(np.interp(strength, self.strengths, np.log(self.betas)))
 
     def ladder(self, strength: float, levels: int) -> np.ndarray:
-        """(levels + 1,) strengths from 0 to this one, even in thermodynamic length."""
+        """(levels + 1,) strengths from 0 to this one, even in thermodynamic length; even in s where E does not vary."""
         self._climb(strength)
         length = np.interp(strength, self.strengths, self.lengths)
+        if not length > 0:
+            return np.linspace(0, strength, levels + 1)
         even = np.interp(np.linspace(0, length, levels + 1), self.lengths, self.strengths)
         even[0], even[-1] = 0.0, strength
         return even

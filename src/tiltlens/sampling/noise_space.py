@@ -110,7 +110,7 @@ class NoiseSpace(ChainSampler):
         accepted, trace = torch.zeros_like(ladder[:, 1:]), point.energy[:, None].repeat(1, self.final + 1)
         for k in range(1, self.levels + 1 if moves else 0):
             rise = ladder[:, k] - ladder[:, k - 1]
-            log_w = log_w - torch.where(rise > 0, rise * point.energy, 0.0)
+            log_w = log_w - torch.where(rise != 0, rise * point.energy, 0.0)
             here = self.moves + (self.final if k == self.levels else 0)
             for _ in range(here):
                 point, move = space.move(point, ladder[:, k], beta[:, k], noise)
