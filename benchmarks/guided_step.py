@@ -6,7 +6,8 @@
     and of the encoder (on as many views), and the vector-Jacobian product of each.
 (b) A sweep of K = 4 strengths through batches that hold all four / four runs of one strength: same rows, same batch
     size. Without pilots (the samples alone), and as sample.py runs them: a pilot for each single run, one for the sweep.
-(c) Peak memory of a process that samples with 200 steps / with 20 steps.
+(c) A group of 64 particles, resampled at every step / 64 independent rows, guided alike.
+(d) Peak memory of a process that samples with 200 steps / with 20 steps.
 
 A and B take turns and the median of their ratios counts, so that whatever else the machine does meets both.
 """
@@ -26,6 +27,7 @@ from tiltlens.energies import Linear
 from tiltlens.guidance import DPS, Calibrated, Guidance
 from tiltlens.guidance.guidance import PilotTables
 from tiltlens.priors import load_prior
+from tiltlens.sampling import Independent, Particles
 from tiltlens.sampling.noise import Noise
 from tiltlens.sampling.plan import Row, plan
 from tiltlens.sampling.sampler import Sampler
@@ -34,6 +36,7 @@ from tiltlens.units import UnitBank, build_unit
 UNIT = "bundled,class=horse"
 STRENGTHS = [0.5, 1.0, 2.0, 4.0]
 MEMORY_ROWS = 4
+PARTICLES = 64
 
 
 def build(prior, guidance: Guidance, steps: int) -> Sampler:
@@ -107,6 +110,17 @@ def sweep_cost(prior, batch: int, steps: int, repeats: int) -> dict[str, tuple[f
     return out
 
 
+def particles_cost(prior, steps: int, repeats: int) -> tuple[float, float, float]:
+    """Seconds of a group, of as many independent rows, and their ratio. Threshold 1 resamples whenever weights differ:
+    the most that particles can cost."""
+    sampler = build(prior, Calibrated(), steps)
+    rows = [Row(0, 1.0, i) for i in range(PARTICLES)]
+    group, alone = Particles(PARTICLES, 1.0), Independent()
+    return take_turns(
+        lambda: group.run(sampler.parts(), rows), lambda: alone.run(sampler.parts(), rows), repeats
+    )
+
+
 def memory_child(steps: int, precision: str) -> None:
     """Prints the peak of this process in MiB, and how much of it came after the networks were loaded and warm."""
     prior = load_prior("bundled", precision=precision)
@@ -174,6 +188,13 @@ def main() -> None:
             1.02,
             f"{a:.1f} s / {b:.1f} s, 8 rows each",
         )
+    a, b, ratio = particles_cost(prior, 3 if asked.quick else 10, few)
+    say(
+        f"{PARTICLES} particles / {PARTICLES} independent guided samples",
+        ratio,
+        1.05,
+        f"{a:.1f} s / {b:.1f} s, {3 if asked.quick else 10} steps",
+    )
     short, long = (5, 20) if asked.quick else (20, 200)
     (few_mib, few_more), (many_mib, many_more) = memory(short, asked.precision), memory(long, asked.precision)
     say(
