@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tiltlens.energies import Energy
 from tiltlens.guidance import Guidance
+from tiltlens.modules.dual import Asked, ConstraintPlan, solve
 from tiltlens.modules.plan_data import PlanData
 from tiltlens.modules.progress import SamplingProgress
 from tiltlens.modules.run_writer import RunFolderWriter
@@ -46,6 +47,12 @@ class Tilt:
         return self.folder.read_summary()["warnings"]
 
     @property
+    def constraint(self) -> dict[str, dict[str, Any]]:
+        """By unit, the certificate of what was asked; see `tiltlens.estimates.dual.Certificate`. Empty without a
+        constraint."""
+        return self.folder.read_summary().get("constraint", {})
+
+    @property
     def images(self) -> dict[float, Tensor]:
         """By strength: (n, 3, H, W) in [-1, 1], in order of unit and seed, from the PNG files. Empty for vector priors."""
         table = self.folder.samples()
@@ -70,19 +77,26 @@ def tilt(
     energy: Energy | None = None,
     guidance: Guidance | None = None,
     batch_size: int = 16,
+    constraint: str | None = None,
     out: str | Path | None = None,
     accelerator: str = "auto",
     **settings: Any,
 ) -> Tilt:
     """Sample q_s(x) ~ p(x) exp(-s E(a(x))) at each strength; the same rows as `sample.py` gives.
 
+    constraint: in place of strengths, what is wanted: "q0.999" (mean activation at this natural quantile), "z=4" or
+    "kl=3" (nats); strengths are then found in rounds, and `Tilt.constraint` certifies what was reached.
     settings: further arguments of `SamplingModule` (steps, eta, pilot, precision, ...). out: the run folder, a new
     temporary one by default; an existing one is resumed. Raises ValueError for anything that does not fit.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="tiltlens-"))
     module = SamplingModule(prior, unit, energy, guidance, **settings)
-    data = PlanData(list(strengths), n, seed, batch_size)
+    if constraint is None:
+        data = PlanData(list(strengths), n, seed, batch_size)
+    else:
+        data = ConstraintPlan(Asked.parse(constraint), n, seed, batch_size)
+        data.asked.check(module.pilot, module.natural)
     writer = RunFolderWriter(str(folder), report=False)
     trainer = Trainer(
         inference_mode=False, logger=False, enable_checkpointing=False, enable_model_summary=False,
@@ -91,5 +105,8 @@ def tilt(
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning.*")
-        trainer.predict(module, datamodule=data, return_predictions=False)
+        if isinstance(data, ConstraintPlan):
+            solve(trainer, module, data, writer)
+        else:
+            trainer.predict(module, datamodule=data, return_predictions=False)
     return Tilt(writer.folder)

@@ -124,8 +124,11 @@ def reweight(samples: Samples, strength: float) -> np.ndarray:
     return samples.log_w + (samples.strength - strength) * samples.energy
 
 
-def tilt(samples: Samples, strength: float, counts: np.ndarray | None = None) -> Tilt:
-    """log Z(u), m(u) and Var of q_u, u = strength, from a run at any strength with weights.
+def tilt(
+    samples: Samples, strength: float, counts: np.ndarray | None = None, values: np.ndarray | None = None
+) -> Tilt:
+    """log Z(u), m(u) and Var of q_u, u = strength, from a run at any strength with weights; mean and variance of
+    another observable, where its values (n,) are given.
 
     counts: (..., n) how often each sample is drawn, (by default once); the bootstrap passes (B, n). The
     control variate is used when the whole sample has ESS / n >= 0.1 and n >= 16. Raises ValueError without
@@ -140,8 +143,9 @@ def tilt(samples: Samples, strength: float, counts: np.ndarray | None = None) ->
     if samples.groups is not None:
         of_groups = np.bincount(samples.groups, w)  # of rows, no more than what its groups are worth
         ess = min(ess, len(w) * float(total**2 / (of_groups @ of_groups)) / len(of_groups))
-    centre = w @ samples.energy / total  # E is measured from here: E + c then changes log Z alone
-    e = samples.energy - centre
+    observed = samples.energy if values is None else values
+    centre = w @ observed / total  # E is measured from here: E + c then changes log Z alone
+    e = observed - centre
     columns = np.stack([np.ones_like(w), w, w * e, w * e**2], 1)
     n, sum_w, sum_we, sum_wee = np.moveaxis(counts @ columns, -1, 0)
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample may miss every weight that counts

@@ -145,10 +145,7 @@ def evaluate(pool: Pool, strengths: np.ndarray, counts: list[np.ndarray] | None 
     Each replicate has its own maximum; NaN where a replicate drew nothing of a state, or found none.
     """
     s = np.asarray(strengths, float)
-    mixed = pool.weight if counts is None else _replicates(pool, [counts[k] for k in pool.members])
-    log_v = -s[:, None] * pool.energy - pool.log_mixture
-    top = log_v.max(1)
-    v = np.exp(log_v - top[:, None])
+    mixed, v, top = _tilted(pool, s, counts)
     m_0 = (v * pool.weight) @ pool.energy / (v @ pool.weight)  # moments from here: no cancellation
     e = pool.energy - m_0[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -157,6 +154,33 @@ def evaluate(pool: Pool, strengths: np.ndarray, counts: list[np.ndarray] | None 
         natural = np.log(mixed @ np.exp(-pool.log_mixture + pool.log_mixture.min())) - pool.log_mixture.min()
         log_z = np.log(z) + top - np.asarray(natural)[..., None] - s * pool.centre
         return Smooth(log_z, mean + m_0 + pool.centre, second / z - mean**2)
+
+
+def expectation(
+    pool: Pool, strengths: np.ndarray, values: list[np.ndarray], counts: list[np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """E_{q_s}[a] and Cov_{q_s}(a, E), each (..., S), of another observable, given for all runs: [(n_k,)].
+
+    d E_{q_s}[a] / ds = -Cov_{q_s}(a, E).
+    """
+    a = np.concatenate([values[k] for k in pool.members])
+    mixed, v, _ = _tilted(pool, np.asarray(strengths, float), counts)
+    centre = a.mean()
+    a = a - centre
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z, mean, energy, both = (mixed @ (v * x).T for x in (1.0, a, pool.energy, a * pool.energy))
+        mean, energy, both = mean / z, energy / z, both / z
+        return mean + centre, both - mean * energy
+
+
+def _tilted(
+    pool: Pool, s: np.ndarray, counts: list[np.ndarray] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """c_n (..., N) of each replicate, exp(-s E) / D over its largest (S, N), and the logarithm of that (S,)."""
+    mixed = pool.weight if counts is None else _replicates(pool, [counts[k] for k in pool.members])
+    log_v = -s[:, None] * pool.energy - pool.log_mixture
+    top = log_v.max(1)
+    return mixed, np.exp(log_v - top[:, None]), top
 
 
 def _replicates(pool: Pool, counts: list[np.ndarray]) -> np.ndarray:
@@ -184,7 +208,12 @@ def _replicates(pool: Pool, counts: list[np.ndarray]) -> np.ndarray:
 
 def trusted_draws(pool: Pool, strength: float) -> float:
     """How many draws the estimate at s rests on, as `importance.trusted_ess` counts: ESS, or N exp(-spread)."""
-    log_v = -strength * pool.energy - pool.log_mixture
+    return draws_behind(pool, -strength * pool.energy)
+
+
+def draws_behind(pool: Pool, log_tilt: np.ndarray) -> float:
+    """As `trusted_draws`, of the law p exp(log_tilt), given for all samples (N,)."""
+    log_v = log_tilt - pool.log_mixture
     order = np.argsort(log_v)
     log_v, c = log_v[order], pool.weight[order]
     w = np.exp(log_v - log_v[-1])
@@ -210,4 +239,9 @@ def effective_seeds(pool: Pool, strength: float, samples: list[Samples]) -> floa
 
 def healthy(pool: Pool, strength: float, root: float) -> bool:
     """Whether enough draws count at this strength; root: LOG_Z_ROOT or KL_ROOT."""
-    return trusted_draws(pool, strength) >= ess_floor(pool.sizes.sum(), root)
+    return trusted_draws(pool, strength) >= floor(pool, root)
+
+
+def floor(pool: Pool, root: float) -> float:
+    """The number of draws from which an estimate is believed."""
+    return ess_floor(pool.sizes.sum(), root)

@@ -20,6 +20,7 @@ KL(q^||p) from above, since KL(q^||q_s) <= log Z - E[log Zhat]. There is no M: r
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -67,7 +68,7 @@ class Samples:
     def __len__(self) -> int:
         return len(self.energy)
 
-    @property
+    @cached_property
     def martingale(self) -> np.ndarray | None:
         """M = sum_t delta.z/v (n,), of mean zero under Q; None without path weights or where M is rounding alone.
 
@@ -79,7 +80,7 @@ class Samples:
         m = -(self.log_w + self.strength * self.energy) - self.path_kl
         return m if m.var() > ROUNDING * abs(self.path_kl.mean()) else None
 
-    @property
+    @cached_property
     def groups(self) -> np.ndarray | None:
         """(n,) the number 0, 1, .. of each row's group of particles; None where rows are independent."""
         return None if self.weight is None else np.unique(self.cluster, return_inverse=True)[1]

@@ -31,6 +31,7 @@ bound on E: E might have a heavy tail that no sample shows. So a collapsed stren
 its bootstrap says.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -121,9 +122,11 @@ class Sources(NamedTuple):
     pool: Pool | None
 
 
-def find_sources(samples: list[Samples]) -> Sources:
-    """The best single run at each strength sampled, and at 0 (samples sorted by strength); and the pool for MBAR."""
-    strengths = np.array(sorted({0.0, *(run.strength for run in samples)}))
+def find_sources(samples: list[Samples], strengths: Sequence[float] | None = None) -> Sources:
+    """The best single run at each strength, by default those sampled (samples sorted by them), and at 0; and the pool
+    for MBAR."""
+    asked = [run.strength for run in samples] if strengths is None else strengths
+    strengths = np.array(sorted({0.0, *asked}))
     pool = mbar.pool_draws(samples)
     best = [[best_source(samples, s, root) for s in strengths] for root in (KL_ROOT, LOG_Z_ROOT)]
     if samples[0].strength == 0:
@@ -143,6 +146,8 @@ def measure(sources: Sources, samples: list[Samples], counts: list[np.ndarray]) 
     if sources.pool is not None:
         out[..., 2, :, :] = np.stack(mbar.evaluate(sources.pool, sources.strengths, counts), -2)
     for run, count in zip(samples, counts):
+        if run.strength not in sources.strengths:
+            continue
         k = int(np.searchsorted(sources.strengths, run.strength))
         c = count if run.weight is None else count * run.weight
         m = c @ run.energy / c.sum(-1)

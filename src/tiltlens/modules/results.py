@@ -10,7 +10,9 @@ import torch
 
 from tiltlens.constraint import Constraint
 from tiltlens.estimates import estimate_curve
+from tiltlens.modules.dual import ConstraintPlan
 from tiltlens.run_folder import RunFolder
+from tiltlens.run_tables import as_json
 
 NAMED = 20  # rows that a warning names
 DETERMINISTIC = (
@@ -24,7 +26,8 @@ def estimate_run(folder: RunFolder, module: Any, data: Any) -> None:
     sampler = module.sampler
     table = columns(folder.samples())
     pilots = pilot_table(sampler.constraint, sampler.pilots) if sampler.pilots else None
-    rows, warnings, natural = [], [], {}
+    rows, warnings, natural, certificates = [], [], {}, {}
+    asked = data.asked if isinstance(data, ConstraintPlan) else None
     for i, unit in enumerate(module.units):
         mine = {k: v[table["unit"] == unit.name] for k, v in table.items()}
         pilot = None if pilots is None else {k: v[pilots["unit"] == unit.name] for k, v in pilots.items()}
@@ -35,6 +38,8 @@ def estimate_run(folder: RunFolder, module: Any, data: Any) -> None:
         rows += curve
         warnings += [f"{unit.name}: {note}" for note in [*notes, *lost(mine)]]
         reference = sampler.constraint.naturals[i]
+        if asked:
+            certificates[unit.name] = asked.certify(reference, mine, pilot, curve)
         natural[unit.name] = {
             "mean": reference.mean, "std": reference.std, "n": len(reference.activations),
             "from": module.natural or ("pilot" if module.pilot else "none"), "level": _level(sampler.constraint, i),
@@ -46,6 +51,8 @@ def estimate_run(folder: RunFolder, module: Any, data: Any) -> None:
     if pilots is not None:
         _write_table(folder, "pilot/samples.parquet", pilots)
     folder.write_curve(rows, natural=natural, warnings=warnings)
+    if asked:
+        folder.write("summary.json", as_json({**folder.read_summary(), "constraint": certificates}))
 
 
 def lost(samples: dict[str, np.ndarray]) -> list[str]:

@@ -3,16 +3,20 @@
 import logging
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import WandbLogger
 
 from tiltlens.energies import Energy
 from tiltlens.guidance import Guidance
 from tiltlens.modules.command_line import CommandLine, check_devices
+from tiltlens.modules.dual import FORMS, Asked, ConstraintPlan, solve
 from tiltlens.modules.plan_data import PlanData
 from tiltlens.modules.progress import SamplingProgress
+from tiltlens.modules.reweight import reweight_run, show
 from tiltlens.modules.run_writer import RunFolderWriter
 from tiltlens.modules.sampling_module import SamplingModule
 from tiltlens.modules.wandb_curve import WandbCurve, place_wandb
@@ -56,10 +60,29 @@ class SamplingCLI(CommandLine):
             args=args,
         )
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--constraint",
+            type=str | None,
+            default=None,
+            help=f"what is wanted, in place of strengths: {FORMS}",
+        )
+        parser.add_argument(
+            "--reweight",
+            type=Path | None,
+            default=None,
+            help="a run folder: re-estimate at data.strengths from its rows",
+        )
+
+    def instantiate_classes(self) -> None:
+        if self._get(self.config, "reweight") is None:  # stored rows need no model
+            super().instantiate_classes()
+
     def config_text(self) -> str:
         """config.yaml: all that is set, and not where this run was put."""
         config = self.config.clone()
-        for key in ("config", "out"):
+        for key in ("config", "out", "reweight"):
             config.pop(key, None)
         return self.parser.dump(config, skip_none=True, skip_link_targets=False)
 
@@ -84,13 +107,25 @@ def main(args: list[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning.*")
     cli = SamplingCLI(args)
+    if (stored := cli.config["reweight"]) is not None:
+        asked = cli.config["data"]["strengths"]
+        show(reweight_run(stored, None if asked == cli.parser.get_defaults()["data"]["strengths"] else asked))
+        return
     cli.model.check_trainer(cli.trainer)
-    if cli.trainer.is_global_zero:
-        next(c for c in cli.trainer.callbacks if isinstance(c, RunFolderWriter)).open(
-            cli.model, cli.datamodule
-        )
+    writer = next(c for c in cli.trainer.callbacks if isinstance(c, RunFolderWriter))
+    data, asked = cli.datamodule, cli.config["constraint"]
+    if asked is not None:
+        data = ConstraintPlan(Asked.parse(asked), data.n, data.seed, data.batch_size)
+        data.asked.check(cli.model.pilot, cli.model.natural)
+    elif cli.trainer.is_global_zero:
+        writer.open(cli.model, data)
     try:
-        cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
+        if asked is None:
+            cli.trainer.predict(cli.model, datamodule=data, return_predictions=False)
+        else:
+            certificates = solve(cli.trainer, cli.model, data, writer)
+            if cli.trainer.is_global_zero:
+                print(*(entry["text"] for entry in certificates), sep="\n")
     except SystemExit:
         if not cli.trainer.interrupted:
             raise

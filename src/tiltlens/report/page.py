@@ -62,6 +62,7 @@ def write_report(folder: RunFolder | str | Path) -> Path:
 def _render(folder: RunFolder, runs: dict[str, UnitRun]) -> str:
     manifest = folder.read_manifest()
     config = folder.path / "config.yaml"
+    constraints = folder.read_summary().get("constraint", {})
     told = [entry.get("from") for entry in folder.read_summary()["natural"].values()]
     used = {column.key for run in runs.values() for column in columns.split(run)[0]}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -69,7 +70,11 @@ def _render(folder: RunFolder, runs: dict[str, UnitRun]) -> str:
         css=Markup((HERE / "page.css").read_text("utf-8")),
         folder=folder.path.resolve().name,
         subject=brief(manifest),
-        units=[_unit(folder, run, MOST if len(runs) <= ATLAS else FIRST) for run in runs.values()],
+        units=[
+            _unit(folder, run, MOST if len(runs) <= ATLAS else FIRST)
+            | {"constraint": constraints.get(run.unit)}
+            for run in runs.values()
+        ],
         warnings=answers.find_warnings(folder, runs),
         standard=sorted({str(source) for source in told if source not in (None, "pilot", "none")}),
         legend=[column for column in columns.COLUMNS if column.key in used],

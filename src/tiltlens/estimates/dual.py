@@ -1,0 +1,272 @@
+"""The dual: which strength meets a constraint, and what certifies it.
+
+Least KL(q||p) subject to a mean activation E_q[a] >= c has the solution q_s with E_{q_s}[a] = c (for the energy
+E = -a; the concave dual -log Z(s) - s E is largest there); "at most c nats" has KL(q_s||p) = c. On MBAR's smooth
+curve both are one equation in s, solved by Newton kept inside a bracket:
+
+    d E_{q_s}[a]/ds = -Cov_{q_s}(a, E),   d KL(q_s||p)/ds = s Var_{q_s}(E)
+
+The certificate is that of a strength that was *sampled*, so that its images exist: the value reached there and its
+error, KL there, and the least KL that any law with that mean activation has, sup_t [t c - log E_p exp(t a)], from
+the same draws. Where the curve's trust ends before the target, a strength a little beyond is tried; where that
+extends nothing the sampled law q' itself is asked: its mean activation (or its path_kl, the most it can have spent)
+is interpolated over the strengths, and KL(q'||p) is bracketed by kl_lower and path_kl.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tiltlens.estimates import mbar
+from tiltlens.estimates.bootstrap import replicate
+from tiltlens.estimates.bounds import log_z_floor
+from tiltlens.estimates.importance import KL_ROOT, relative_variance, tilt
+from tiltlens.estimates.integral import LOG_Z_SHORT
+from tiltlens.estimates.mbar import Pool
+from tiltlens.estimates.samples import Samples
+from tiltlens.estimates.sweep import CLEARLY, refuted
+from tiltlens.estimates.table import read_groups
+
+KINDS = ("activation", "kl")
+REPLICATES = 200
+NEAR = 0.01  # of the way from natural to target: as good as met where a standard error is smaller still
+GRID = 80  # strengths at which trust is asked for, up to FAR times the largest
+FAR = 4.0
+FIRST = (1 / 3, 2 / 3, 1.0)  # of the strength guessed from natural samples: the first sweep
+STEP_UP = 2.0  # a strength beyond all sampled ones is at most so many times the largest
+BEYOND = 1.25  # times the end of trust: where to sample to move it
+FLAT = 2.0  # standard errors: two strengths whose means differ by less have reached the end
+
+
+class Certificate(NamedTuple):
+    """What is known of one unit's constraint.
+
+    status: reached (within one standard error), natural (p meets it already: s = 0), infeasible, open (more samples are
+    needed). law: of which the certificate speaks, "q_s" or "sampled". strength: s*, sampled; solution: where the curve
+    meets the target. value, value_se: reached there. kl, kl_se: KL(q_s*||p); kl_least: of any law with this mean;
+    kl_most: path_kl, of the sampled law. reach: (natural value, the most that was certified or sampled). propose: strengths to sample next.
+    """
+
+    status: str
+    law: str
+    target: float
+    strength: float | None = None
+    solution: float | None = None
+    value: float | None = None
+    value_se: float | None = None
+    kl: float | None = None
+    kl_se: float | None = None
+    kl_least: float | None = None
+    kl_most: float | None = None
+    reach: tuple[float, float] = (np.nan, np.nan)
+    propose: tuple[float, ...] = ()
+
+
+class Curve:
+    """MBAR's value(s) and slope, of the mean activation or of KL, up to where its draws are trusted."""
+
+    def __init__(self, runs: list[Samples], activations: list[np.ndarray], kind: str, pool: Pool):
+        self.runs, self.activations, self.kind, self.pool = runs, activations, kind, pool
+        self.top = self._reach()
+        a, e = activations[0], runs[0].energy
+        self.linear = bool(
+            np.ptp(a) and np.ptp(e) and np.corrcoef(a, e)[0, 1] < -1 + 1e-9
+        )  # then q_s is the nearest law
+
+    def __call__(
+        self, s: np.ndarray, counts: list[np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self.kind == "kl":
+            found = mbar.evaluate(self.pool, s, counts)
+            return found.kl(s), s * found.variance
+        value, cov = mbar.expectation(self.pool, s, self.activations, counts)
+        return value, -cov
+
+    def _reach(self) -> float:
+        """The largest strength up to which every estimate is healthy, and none refuted by a run's own bound."""
+        spread = float(self.runs[0].energy.std()) or 1.0
+        far = max(FAR * self.runs[-1].strength, 10 / spread)
+        last = 0.0
+        for s in far * np.geomspace(0.005, 1, GRID):
+            log_z = float(mbar.evaluate(self.pool, np.array([s])).log_z[0])
+            error = 1 / np.sqrt(mbar.trusted_draws(self.pool, s))
+            if not mbar.healthy(self.pool, s, KL_ROOT) or refuted(log_z, error, log_z_floor(self.runs, s)):
+                break
+            last = float(s)
+        return last
+
+    def solve(self, target: float) -> float | None:
+        """s with value(s) = target, by Newton inside a bracket; None where the curve ends before."""
+        low, high = 0.0, self.top
+        ends = self(np.array([low, high]))[0]
+        if not high or not ends[0] <= target <= ends[1]:
+            return None
+        s = low + (high - low) * (target - ends[0]) / max(ends[1] - ends[0], 1e-300)
+        for _ in range(60):
+            value, slope = (float(x[0]) for x in self(np.array([s])))
+            low, high = (s, high) if value < target else (low, s)
+            step = s - (value - target) / slope if slope > 0 else np.nan
+            following = step if low < step < high else (low + high) / 2
+            if abs(following - s) <= 1e-9 * self.top:
+                return float(following)
+            s = following
+        return float(s)
+
+    def alone(self, s: float) -> int | None:
+        """The run at s, where its own weights are healthy."""
+        k = next((k for k, r in enumerate(self.runs) if r.strength == s), None)
+        return k if k is not None and np.isfinite(relative_variance(self.runs[k], s, KL_ROOT)) else None
+
+    def mean(self, s: float) -> tuple[float, float]:
+        """Mean activation at s and its standard error: MBAR's; or of the run at s alone, where MBAR ends before, or where
+        it is clearly better: its control variate may know more."""
+        k = self.alone(s)
+
+        def both(counts: list[np.ndarray]) -> np.ndarray:
+            joint = mbar.expectation(self.pool, np.array([s]), self.activations, counts)[0][..., 0]
+            own = joint if k is None else tilt(self.runs[k], s, counts[k], self.activations[k]).energy
+            return np.stack([joint, own], -1)
+
+        found = replicate(both, [r.cluster for r in self.runs], REPLICATES)
+        short = [mbar.effective_seeds(self.pool, s, self.runs)]
+        short.append(short[0] if k is None else tilt(self.runs[k], s).ess)
+        se = found.se() * (1 + LOG_Z_SHORT / np.array(short))
+        best = int(k is not None and (s > self.top or se[1] < CLEARLY * se[0]))
+        return float(found.values[0, best]), float(se[best])
+
+    def least_kl(self, mean: float) -> float | None:
+        """sup_t [t c - log E_p exp(t a)] over t >= 0 whose draws are healthy: no law of mean activation c is nearer."""
+        a = np.concatenate([self.activations[k] for k in self.pool.members])
+        a_0 = float(self.activations[0].mean())
+        log_p = np.log(self.pool.weight) - self.pool.log_mixture
+        log_p -= np.logaddexp.reduce(log_p)
+        best, floor = 0.0, mbar.floor(self.pool, KL_ROOT)
+        for t in np.geomspace(1e-3, 1e2, 400) / (float(self.activations[0].std()) or 1.0):
+            if mbar.draws_behind(self.pool, t * (a - a_0)) < floor:
+                break
+            best = max(best, float(t * (mean - a_0) - np.logaddexp.reduce(log_p + t * (a - a_0))))
+        return best
+
+
+def certify(kind: str, target: float, table: dict, pilot: dict | None, rows: list[dict]) -> Certificate:
+    """What one unit's samples say of a constraint.
+
+    kind: "activation" (mean activation, raw, at least target) or "kl" (nats). table, pilot: as `estimate_curve` takes
+    them; rows: what it gave. Raises ValueError for another kind, or where no natural sample is there to start from.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"a constraint of kind {kind!r}: expected one of {', '.join(KINDS)}")
+    groups = [g for g in read_groups(table, pilot) if len(g.samples)]
+    runs = [g.samples for g in groups]
+    pool = mbar.pool_draws(runs)
+    if pool is None:
+        raise ValueError(
+            "a constraint is solved from natural samples on: expected a pilot or rows of strength 0, and found none that is finite"
+        )
+    curve = Curve(runs, [g.activation for g in groups], kind, pool)
+    natural = float(curve(np.zeros(1))[0][0])
+    by_strength = {r["strength"]: r for r in rows}
+    sampled, known = _sampled(kind, rows), _known(curve, by_strength)
+    certified = float(curve(np.array([curve.top]))[0][0]) if curve.top else natural
+    ends = [certified, *(v for _, v, _ in known)]
+    reach = (natural, max([*ends, *(v for _, v, _ in sampled)]))
+    if target <= natural:
+        se = curve.mean(0.0)[1] if kind == "activation" else 0.0
+        return Certificate("natural", "q_s", target, 0.0, 0.0, natural, se, 0.0, 0.0, 0.0, None, reach)
+    solution = curve.solve(target)
+    if not any(by_strength):  # natural samples alone
+        return Certificate("open", "q_s", target, reach=reach, propose=first_sweep(curve, target, solution))
+    if known and target <= max(ends):
+        s, value, se = min(known, key=lambda x: abs(x[1] - target))
+        slope = float(curve(np.array([s]))[1][0])
+        good = abs(value - target) <= max(se, NEAR * (target - natural))
+        if solution is None:
+            solution = _between(kind, target, natural, known)
+        elif s <= curve.top and slope > 0:  # a step of Newton's from what is known best
+            solution = float(np.clip(s + (target - value) / slope, s / 2, min(2 * s, curve.top)))
+        kl, kl_se = by_strength[s]["kl"], by_strength[s]["kl_se"]
+        least = kl if kind == "kl" or curve.linear else curve.least_kl(value)
+        met, more = ("reached", ()) if good else ("open", (tidy(solution, by_strength),))
+        return Certificate(met, "q_s", target, s, solution, value, se, kl, kl_se, least, None, reach, more)
+    found = _of_sampled(kind, target, sampled, by_strength, reach)
+    top = max([curve.top, *(s for s, _, _ in known)])
+    if top and not any(top < s <= BEYOND**2 * top for s, _, _ in sampled):
+        more = (tidy(BEYOND * top, by_strength), *found.propose)
+        found = found._replace(status="open", propose=tuple(dict.fromkeys(more)))
+    return found
+
+
+def _known(curve: Curve, by_strength: dict[float, dict]) -> list[tuple[float, float, float]]:
+    """(strength, value, error) of q_s at each sampled strength where healthy weights tell it."""
+    found = []
+    for s, row in by_strength.items():
+        if s and row["kl"] is not None and row["kl_se"] and (s <= curve.top or curve.alone(s) is not None):
+            found.append((s, *(curve.mean(s) if curve.kind == "activation" else (row["kl"], row["kl_se"]))))
+    return found
+
+
+def _between(
+    kind: str, target: float, natural: float, points: list[tuple[float, float, float]]
+) -> float | None:
+    """Where the values at some strengths, and the natural one at 0, first reach the target; None if nowhere."""
+    x, y = ([first, *(p[i] for p in sorted(points))] for i, first in ((0, 0.0), (1, natural)))
+    j = next((j for j in range(1, len(x)) if y[j] >= target), None)
+    if j is None:
+        return None
+    part = (target - y[j - 1]) / (y[j] - y[j - 1])
+    return float(
+        x[j - 1] + (x[j] - x[j - 1]) * (np.sqrt(part) if kind == "kl" else part)
+    )  # KL grows like s^2
+
+
+def _sampled(kind: str, rows: list[dict]) -> list[tuple[float, float, float]]:
+    """(strength, value, error) of the sampled law q' at each strength above 0."""
+    value, se = ("path_kl", "path_kl_se") if kind == "kl" else ("activation_mean", "activation_se")
+    return [(r["strength"], r[value], r[se] or 0.0) for r in rows if r["strength"] and r[value] is not None]
+
+
+def _of_sampled(
+    kind: str, target: float, sampled: list, by_strength: dict, reach: tuple[float, float]
+) -> Certificate:
+    """The certificate of the sampled law: the strength whose mean is nearest, or the next one to try."""
+    if not sampled:  # eta = 0 has no path_kl
+        return Certificate("infeasible", "sampled", target, reach=reach)
+    s, value, se = (np.array(x) for x in zip(*sampled))
+    k = int(np.argmin(abs(value - target)))
+    row = by_strength[float(s[k])]
+    told = {
+        "strength": float(s[k]), "value": float(value[k]), "value_se": float(se[k]), "kl_least": row["kl_lower"],
+        "kl_most": row["path_kl"], "reach": reach,
+    }  # fmt: skip
+    if abs(value[k] - target) <= max(se[k], NEAR * (target - reach[0])):
+        return Certificate("reached", "sampled", target, solution=float(s[k]), **told)
+    solution = _between(kind, target, reach[0], sampled)
+    if solution is not None:
+        told |= {"solution": solution, "propose": (tidy(solution, by_strength),)}
+        return Certificate("open", "sampled", target, **told)
+    flat = len(s) > 3 and value[-1] - value[-2] < FLAT * np.hypot(se[-1], se[-2])
+    if flat:
+        return Certificate("infeasible", "sampled", target, **told)
+    gain = (target - reach[0]) / max(value[-1] - reach[0], 1e-12)
+    factor = np.clip(np.sqrt(gain) if kind == "kl" else gain, 1.25, STEP_UP)
+    return Certificate("open", "sampled", target, propose=(tidy(float(s[-1] * factor), by_strength),), **told)
+
+
+def first_sweep(curve: Curve, target: float, solution: float | None) -> tuple[float, ...]:
+    """Strengths up to the one that natural samples alone point to: by MBAR, else by their first two moments."""
+    if solution is None:
+        value, slope = (float(x[0]) for x in curve(np.zeros(1)))
+        if curve.kind == "kl":
+            solution = np.sqrt(2 * target) / (float(curve.runs[0].energy.std()) or 1.0)
+        else:
+            solution = (target - value) / slope if slope > 0 else 1.0
+    return tuple(dict.fromkeys(tidy(f * solution, {}) for f in FIRST))
+
+
+def tidy(strength: float, taken: dict) -> float:
+    """A strength in three digits, and not one that is taken."""
+    for digits in (3, 4, 6):
+        short = float(f"{strength:.{digits}g}")
+        if short not in taken:
+            return short
+    return float(strength)

@@ -1,0 +1,195 @@
+"""The dual: what was asked for is met, what cannot be had is said; closed forms of Gaussians, and the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_estimates_oracle import CONTROLS, STEPS, V, linear, optimal, pilot_of, run
+
+from tiltlens import GaussianMixture, Linear, Projection, tilt
+from tiltlens.estimates import estimate_curve
+from tiltlens.estimates.dual import certify, tidy
+from tiltlens.guidance import Exact
+from tiltlens.modules.command_line import run as run_program
+from tiltlens.modules.dual import BUDGET, Asked, ConstraintPlan
+from tiltlens.modules.sampling_cli import main
+from tiltlens.units.calibration import Natural
+
+
+def columns(noise, strengths, control):
+    parts = []
+    for s in strengths:
+        e, log_w, path_kl, x = run(noise, len(noise), s, linear, control)
+        parts.append((np.full(len(e), s), np.arange(len(e)), x[:, 0], e, log_w, path_kl))
+    names = ("strength", "seed", "activation", "energy", "log_w", "path_kl")
+    return dict(zip(names, map(np.concatenate, zip(*parts))))
+
+
+def rounds(kind, target, control, seed=0, n=128, most=12):
+    """What the driver does, on the Gaussian chain: (certificate, strengths)."""
+    rng = np.random.default_rng(seed)
+    noise, pilot, strengths = rng.standard_normal((n, STEPS, 2)), pilot_of(rng, 128), [0.0]
+    while True:
+        table = columns(noise, strengths, control)
+        rows, _ = estimate_curve("u", table, pilot)
+        found = certify(kind, target, table, pilot, rows)
+        if found.status != "open" or len(strengths) >= most:
+            return found, strengths
+        strengths = sorted({*strengths, *found.propose})
+
+
+@pytest.mark.parametrize("name", ["uniform", "stateful", "over"])
+@pytest.mark.parametrize(
+    ("kind", "target", "truth"), [("activation", 1.5, 1.5 / V), ("kl", 1.0, np.sqrt(2 / V))]
+)
+def test_the_solution_is_the_closed_form(name, kind, target, truth):
+    """m(s) = -s V and KL = s^2 V / 2; the least KL of mean c is c^2 / (2 V)."""
+    found, strengths = rounds(kind, target, CONTROLS[name])
+    assert (found.status, found.law) == ("reached", "q_s")
+    assert len(strengths) <= BUDGET
+    assert abs(found.value - target) <= max(found.value_se, 0.01 * target)
+    true = found.strength * V if kind == "activation" else found.strength**2 * V / 2
+    assert abs(found.value - true) < 4 * found.value_se
+    assert abs(found.kl - found.strength**2 * V / 2) < 4 * found.kl_se
+    slope = V if kind == "activation" else truth * V
+    assert abs(found.strength - truth) < 5 * max(found.value_se, 0.01 * target) / slope
+    assert found.kl_least == found.kl
+
+
+def test_what_natural_samples_meet_needs_no_tilt():
+    found, strengths = rounds("activation", -0.5, CONTROLS["half"])
+    assert (found.status, found.strength, found.kl, strengths) == ("natural", 0.0, 0.0, [0.0])
+
+
+def test_beyond_trusted_weights_the_sampled_law_answers_with_bounds():
+    push = np.random.default_rng(0).standard_normal((STEPS, 2)) * 1.5
+    noisy = lambda s, x, k: optimal()(s, x, k) + push[k]  # noqa: E731
+    found, _ = rounds("activation", 6.0, noisy, n=64)
+    assert (found.status, found.law) == ("reached", "sampled")
+    assert abs(found.value - 6.0) <= max(found.value_se, 0.07)
+    assert found.kl_least <= 36 / (2 * V) + 1
+    assert found.kl_least <= found.kl_most
+    assert found.kl is None
+
+
+def test_beyond_reach_is_recognised_with_the_reachable_range():
+    saturated = lambda s, x, k: optimal()(min(s, 2.0), x, k)  # noqa: E731
+    found, strengths = rounds("activation", 50.0, saturated)
+    assert found.status == "infeasible"
+    assert len(strengths) < BUDGET
+    assert found.reach[0] == pytest.approx(0, abs=0.3)
+    assert 1.5 < found.reach[1] < 5
+
+
+def test_order_and_a_constant_in_the_energy_do_not_matter():
+    rng = np.random.default_rng(3)
+    noise, pilot = rng.standard_normal((64, STEPS, 2)), pilot_of(rng, 64)
+    table = columns(noise, [0.0, 0.5, 1.0, 1.5], CONTROLS["uniform"])
+    order = rng.permutation(len(table["seed"]))
+    moved = {k: v[order] for k, v in table.items()}
+    moved["energy"] = moved["energy"] + 9.0
+    moved["log_w"] = moved["log_w"] - 9.0 * moved["strength"]
+    found = []
+    for t, p in ((table, pilot), (moved, pilot | {"energy": pilot["energy"] + 9.0})):
+        found.append(certify("activation", 1.0, t, p, estimate_curve("u", t, p)[0]))
+    for a, b in zip(*(f._asdict().values() for f in found)):
+        assert a == b if isinstance(a, str) or a is None else a == pytest.approx(b, abs=1e-6)
+
+
+def test_without_natural_samples_there_is_nothing_to_start_from():
+    table = columns(np.random.default_rng(4).standard_normal((16, STEPS, 2)), [1.0], CONTROLS["half"])
+    with pytest.raises(ValueError, match="natural samples"):
+        certify("activation", 1.0, table, None, [])
+    with pytest.raises(ValueError, match="kind 'z'"):
+        certify("z", 1.0, table, None, [])
+    assert tidy(1.2345, {1.23: None}) == 1.234
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("q0.999", ("q", 0.999)), ("z=4", ("z", 4.0)), (" kl = 3", ("kl", 3.0)), ("kl=0.5", ("kl", 0.5))],
+)
+def test_constraints_are_read(text, found):
+    asked = Asked.parse(text)
+    assert (asked.kind, asked.level) == found
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "q2", "z", "kl=-1", "kl=0", "kl=inf", "kl", "klz", "q0.9 z=3", "value=2"]
+)
+def test_other_constraints_are_refused(text):
+    with pytest.raises(ValueError, match="constraint"):
+        Asked.parse(text)
+
+
+def test_a_constraint_on_natural_activations_needs_some():
+    with pytest.raises(ValueError, match=r"pilot >= 8"):
+        Asked.parse("z=2").check(0, None)
+    Asked.parse("kl=2").check(0, None)
+    assert Asked.parse("z=2").target(Natural(None, None, 1.0, 3.0, torch.empty(0))) == 7.0
+
+
+def test_units_have_strengths_of_their_own_and_a_budget():
+    data = ConstraintPlan(Asked.parse("kl=1"), 2, 0, 4)
+    data.units, data.of = 2, {0: {0.0}, 1: {0.0}}
+    assert data.grow([{"status": "open", "propose": (1.0, 2.0)}, {"status": "reached", "propose": ()}])
+    assert [(r.unit, r.strength, r.seed) for r in data.rows()] == [
+        (0, 0.0, 0), (0, 0.0, 1), (1, 0.0, 0), (1, 0.0, 1), (0, 1.0, 0), (0, 1.0, 1), (0, 2.0, 0), (0, 2.0, 1),
+    ]  # fmt: skip
+    data.of[0] = {float(k) for k in range(BUDGET)}
+    assert not data.grow([{"status": "open", "propose": (0.5,)}, {"status": "natural", "propose": ()}])
+
+
+PRIOR = ([0.6, 0.4], [[-1.0, 0.5], [1.0, 0.0]], [0.4, 0.3])
+
+
+def test_tilt_solves_for_each_unit_and_goes_on_where_it_stopped(tmp_path):
+    prior, units = GaussianMixture(*PRIOR), [[1.0, -0.5], [0.0, 1.0]]
+    settings = {
+        "n": 128, "energy": Linear(standardise=False), "guidance": Exact(), "steps": 100, "spacing": "index", "pilot": 256,
+        "batch_size": 512, "out": tmp_path / "run", "accelerator": "cpu",
+    }  # fmt: skip
+    result = tilt(prior, [Projection(u) for u in units], constraint="z=2", **settings)
+    for direction, entry in zip(units, result.constraint.values()):
+        assert (entry["status"], entry["law"], entry["asked"]) == ("reached", "q_s", "z=2")
+        assert abs(entry["value"] - entry["target"]) <= max(
+            entry["value_se"], 0.01 * abs(entry["target"]) + 0.02
+        )
+        true = prior.kl(torch.tensor(direction), entry["strength"])
+        assert abs(entry["kl"] - true) < 4 * entry["kl_se"]
+        assert entry["text"] in result.report().read_text()
+    manifest = result.folder.read_manifest()
+    assert manifest["state"] == "complete"
+    assert manifest["timings"]["rows_sampled"] == len(result.folder.done())
+    again = tilt(prior, [Projection(u) for u in units], constraint="z=2", **settings)
+    assert again.constraint == result.constraint
+    assert again.folder.read_manifest()["timings"]["rows_sampled"] == 0
+
+
+ANALYTIC = [
+    "--config=configs/sample/analytic.yaml", "--model.prior.init_args.points=60", "--model.steps=20", "--data.n=64",
+    "--data.batch_size=256", "--trainer.accelerator=cpu", "--trainer.logger=false",
+]  # fmt: skip
+
+
+def test_the_command_prints_the_certificate(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sample.py"])
+    main([*ANALYTIC, f"--out={tmp_path}", "--constraint=kl=1"])
+    out = capsys.readouterr().out.splitlines()
+    entry = json.loads((tmp_path / "summary.json").read_text())["constraint"]["projection[1,0.5]"]
+    assert out == [entry["text"], str(tmp_path / "report.html")]
+    assert entry["status"] == "reached"
+    assert "constraint: kl=1" in (tmp_path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("constraint", "words"), [("q1.5", "is not understood"), ("z=3", "pilot >= 8"), ("kl=-2", "above 0")]
+)
+def test_a_constraint_that_means_nothing_ends_with_status_2(tmp_path, capsys, monkeypatch, constraint, words):
+    monkeypatch.setattr("sys.argv", ["sample.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_program(lambda: main([*ANALYTIC, f"--out={tmp_path / 'out'}", f"--constraint={constraint}"]))
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
