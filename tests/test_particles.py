@@ -20,9 +20,10 @@ from tiltlens.modules.sampling_cli import main
 from tiltlens.priors import GaussianMixture, load_prior
 from tiltlens.run_folder import RunFolder
 from tiltlens.sampling import Independent, Particles
-from tiltlens.sampling.particles import Cloud, Weights, systematic
+from tiltlens.sampling.cloud import Cloud, Weights, systematic
 from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler
+from tiltlens.sampling.tempering import conditional_ess, exponent
 from tiltlens.units import Projection, UnitBank, build_unit
 
 LINE = GaussianMixture([0.6, 0.4], [[-0.9], [1.1]], [0.3, 0.2], points=200)
@@ -195,6 +196,38 @@ def test_an_output_particle_is_drawn_by_its_weight_wherever_it_stands():
             torch.testing.assert_close(copies.double().mean(0), 7 * one, atol=1e-3, rtol=0)
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert set(systematic(torch.tensor([[0.0, 1.0, 0.0]] * 2).double(), ends).flatten().tolist()) == {1}
+
+
+def test_exponents_are_the_largest_that_keep_the_conditional_ess():
+    generator = torch.Generator().manual_seed(0)
+    log_w, rest, log_psi = torch.randn(3, 400, generator=generator, dtype=torch.float64)
+    for target in (0.2, 0.35):
+        beta = exponent(log_w, 0.5 * rest, 3 * log_psi, target)
+        assert 0 < beta < 1
+        step = 0.5 * rest + 3 * beta * log_psi
+        w, v = log_w.softmax(0), step.exp()
+        assert float((w * v).sum() ** 2 / (w * v**2).sum()) == pytest.approx(target, abs=2e-3)
+        assert float(conditional_ess(log_w, step)) == pytest.approx(target, abs=2e-3)
+    assert exponent(log_w, 0 * rest, 0.01 * log_psi, 0.5) == 1.0
+    assert exponent(log_w, -2 * log_psi, log_psi, 0.99) == 1.0, "out of reach: the nearest"
+    log_w[0], rest[1] = -math.inf, math.nan
+    assert 0 < exponent(log_w, 0.5 * rest, 3 * log_psi, 0.35) < 1
+
+
+def test_a_tempered_twist_leaves_z_unbiased_and_more_weight_at_every_step():
+    """Exponents come from a pilot of their own: they are the same for every group, alone or in a batch."""
+    plain, made = (
+        sampler("unpushed", Particles(16, 0.8, temper), TARGET, steps=14) for temper in (None, 0.9)
+    )
+    found, whole = made.sample(rows(16, 300, 3.0)), plain.sample(rows(16, 300, 3.0))
+    score, se = z_score(found, 16, chain_z(made, 3.0))
+    assert abs(score) < 4, f"{score:.1f} standard errors"
+    assert se < 0.06
+    (beta,) = made.method._found.values()
+    assert 0 <= min(beta) < 0.9
+    assert found.ess[:, :-1].amin(1).mean() > whole.ess[:, :-1].amin(1).mean() + 0.5
+    fresh = sampler("unpushed", Particles(16, 0.8, 0.9), TARGET, steps=14)
+    same(fresh.sample(rows(16, 2) + rows(16, 2, 3.0)), slice(32, 64), made.sample(rows(16, 2, 3.0)))
 
 
 class Raised(Target):
@@ -448,7 +481,7 @@ def test_a_broken_group_or_setting_is_refused():
     ):
         with pytest.raises(ValueError, match="whole groups of 4"):
             made.sample(bad)
-    for arguments in ((0,), (4, 1.5), (4, math.nan)):
+    for arguments in ((0,), (4, 1.5), (4, math.nan), (4, 0.5, 1.0)):
         with pytest.raises(ValueError, match="expected"):
             Particles(*arguments)
     with pytest.raises(ValueError, match="eta > 0"):
@@ -480,7 +513,7 @@ def table(folder):
 
 def test_rows_of_a_run_know_their_group(folder):
     assert folder.read_manifest()["identity"]["sampler"] == {
-        "class": "Particles", "particles": 4, "threshold": 0.5,
+        "class": "Particles", "particles": 4, "threshold": 0.5, "temper": None,
     }  # fmt: skip
     samples = table(folder)
     assert [r["group"] for r in samples] == [0] * 4 + [4] * 4 + [8] * 4 + samples_groups(2)

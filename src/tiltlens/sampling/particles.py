@@ -23,97 +23,17 @@ stands beside it: a group is the same to the bit in any company.
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from tiltlens.guidance.guidance import Guided
-from tiltlens.sampling.chain import State
 from tiltlens.sampling.chain_sampler import ChainSampler, Parts, Progress, Samples
+from tiltlens.sampling.cloud import Cloud, Weights, systematic
 from tiltlens.sampling.noise import Noise
 from tiltlens.sampling.plan import Row
-
-
-@dataclass(frozen=True)
-class Cloud:
-    """All that belongs to a particle, row by row; what `index` does not move is a fault.
-
-    state, guided: of the chain. level (B,) float64: log dP/dQ + log psi at the last step that guided the row; base: the
-    level at its last resampling. root (B,): the row in which its path began.
-    """
-
-    state: State
-    guided: Guided | None
-    level: Tensor
-    base: Tensor
-    root: Tensor
-
-    def index(self, rows: Tensor) -> "Cloud":
-        """Row i becomes row rows[i], with everything that belongs to it."""
-        return _taken(self, rows)
-
-    def log_w(self, size: int) -> Tensor:
-        """(groups, size): since the last resampling. A particle that is not finite has weight 0."""
-        log_w = self.level - self.base
-        return torch.where(torch.isfinite(log_w), log_w, -math.inf).reshape(-1, size)
-
-
-def _taken(value: Any, rows: Tensor) -> Any:
-    if isinstance(value, Tensor):
-        return value[rows]
-    if dataclasses.is_dataclass(value):
-        parts = {f.name: _taken(getattr(value, f.name), rows) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **parts)
-    if isinstance(value, dict):
-        return {k: _taken(v, rows) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)([_taken(v, rows) for v in value])
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(
-        f"a memory of guidance that particles cannot re-index: expected tensors (B, ...) in dataclasses, dicts, lists or "
-        f"tuples, found {type(value).__name__}"
-    )
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Of groups (K, G). log_mean (K,): log of the mean weight. w (K, G): normalised, all 0 in a group with no finite
-    particle. ess (K,): 1/sum w^2, 0 in such a group."""
-
-    log_mean: Tensor
-    w: Tensor
-    ess: Tensor
-
-    @classmethod
-    def of(cls, log_w: Tensor) -> "Weights":
-        """log_w (K, G), -inf for weight 0. Sums run along the group in order (cumsum): they do not depend on K."""
-        top = log_w.amax(1)
-        alive = torch.isfinite(top)
-        w = (log_w - torch.where(alive, top, 0.0)[:, None]).exp()
-        total = w.cumsum(1)[:, -1]
-        ess = total.square() / w.square().cumsum(1)[:, -1]
-        log_mean = top + (total / log_w.shape[1]).log()
-        return cls(
-            torch.where(alive, log_mean, -math.inf),
-            torch.where(alive[:, None], w / total[:, None], 0.0),
-            torch.where(alive, ess, 0.0),
-        )
-
-
-def systematic(w: Tensor, u: Tensor) -> Tensor:
-    """Ancestors (K, G) int64 by systematic resampling: w (K, G) normalised weights, u (K,) one uniform a group.
-
-    Particle i stands floor(G w_i) or one time more, G w_i times on average. Ancestors come in order.
-    """
-    size = w.shape[1]
-    total = w.cumsum(1)
-    at = (u[:, None] + torch.arange(size, dtype=w.dtype, device=w.device)) / size
-    at = at.clamp_max(1 - 2**-53)  # rounding may not step over the end
-    return torch.searchsorted(total / total[:, -1:], at, right=True)
+from tiltlens.sampling.tempering import exponent
 
 
 class Particles(ChainSampler):
@@ -121,21 +41,28 @@ class Particles(ChainSampler):
 
     particles: G, rows in a group. threshold: resample where ESS < threshold G; 0 never (importance sampling), 1 whenever
     weights differ. Rows are weighted: an estimate is a mean over groups of sums of weight x value, and `copies` gives the
-    equally weighted output. Needs a chain with noise (eta > 0). Groups of strength 0 are the base chain.
+    equally weighted output. temper: None, or the share of the particles that every step must keep, see
+    `tiltlens.sampling.tempering`; it costs one more group for each unit and strength. Needs a chain with noise (eta > 0).
+    Groups of strength 0 are the base chain.
     """
 
-    def __init__(self, particles: int = 64, threshold: float = 0.5):
+    def __init__(self, particles: int = 64, threshold: float = 0.5, temper: float | None = None):
         if isinstance(particles, bool) or particles < 1:
             raise ValueError(f"Particles: particles = {particles}, expected a whole number >= 1")
         if not 0 <= threshold <= 1:
             raise ValueError(
                 f"Particles: threshold = {threshold}, expected a fraction of the particles in [0, 1]"
             )
+        if temper is not None and not 0 < temper < 1:
+            raise ValueError(
+                f"Particles: temper = {temper}, expected None or a share of the particles in (0, 1)"
+            )
         if particles == 1:
             warnings.warn(
                 "Particles with one particle resamples nothing: these are independent rows", stacklevel=2
             )
-        self.particles, self.threshold = particles, float(threshold)
+        self.particles, self.threshold, self.temper = particles, float(threshold), temper
+        self._found: dict[tuple, list[float]] = {}
 
     @property
     def group_size(self) -> int:
@@ -150,38 +77,67 @@ class Particles(ChainSampler):
 
     def run(self, parts: Parts, rows: Sequence[Row], progress: Progress | None = None) -> Samples:
         self._check_groups(rows)
-        chain, guidance, noise, bound = (
-            parts.chain,
-            parts.guidance_for(rows),
-            parts.noise(rows),
-            parts.bound(rows),
-        )
+        bound, noise = parts.bound(rows), parts.noise(rows)
+        beta = None if self.temper is None else self._exponents(parts, rows)
+        chosen = (lambda number, cloud: 1.0) if beta is None else (lambda number, cloud: beta[:, number])
+        steps = []
+        for step in self._steps(parts, rows, noise, chosen):
+            steps.append((step.guidance_norm, step.path_kl, step.ess, step.ancestors))
+            if progress:
+                progress(len(steps), len(parts.chain))
+        norms, kls, ess, ancestors = zip(*steps)
+        found = parts.finish(rows, bound, step.cloud.state, norms, kls)
+        ess, ancestors = torch.stack(ess, 1), torch.stack(ancestors, 1)
+        return self._weigh(found, step.cloud, step.log_z, bound.strength, noise, ess, ancestors)
+
+    def _steps(self, parts: Parts, rows: Sequence[Row], noise: Noise, beta: Callable) -> Iterator["_Step"]:
+        """Step by step: estimate, weigh, resample where it is due, move. beta(number, cloud): exponents of the twist."""
+        chain, guidance, bound = parts.chain, parts.guidance_for(rows), parts.bound(rows)
         tilted = (bound.strength > 0)[:: self.particles]
         state = chain.start(noise, guidance)
         zero = torch.zeros_like(state.log_dpdq)
         cloud = Cloud(state, None, zero, zero, torch.arange(len(rows), device=zero.device))
         log_z = zero[:: self.particles]
-        norms, kls, ess, ancestors = [], [], [], []
         for number in range(len(chain)):
             guided = chain.estimate(cloud.state, number, noise, guidance, bound)
             cloud = dataclasses.replace(cloud, guided=guided)
-            cloud = dataclasses.replace(cloud, level=_level(cloud))
+            cloud = cloud.weighed(beta(number, cloud))
             weights = Weights.of(cloud.log_w(self.particles))
             due = tilted & (weights.ess > 0) & (weights.ess < self.threshold * self.particles)
             if bool(due.any()):
                 cloud = self._resample(cloud, weights, due, noise)
                 log_z = torch.where(due, log_z + weights.log_mean, log_z)
-            ess.append(weights.ess)
-            ancestors.append(self._lineages(cloud))
+            lineages = self._lineages(cloud)
             state, info = chain.move(cloud.state, number, cloud.guided, noise)
             cloud = dataclasses.replace(cloud, state=state, guided=None)
-            norms.append(info.guidance_norm)
-            kls.append(info.path_kl)
-            if progress:
-                progress(number + 1, len(chain))
-        found = parts.finish(rows, bound, cloud.state, norms, kls)
-        ess, ancestors = torch.stack(ess, 1), torch.stack(ancestors, 1)
-        return self._weigh(found, cloud, log_z, bound.strength, noise, ess, ancestors)
+            yield _Step(cloud, log_z, info.guidance_norm, info.path_kl, weights.ess, lineages)
+
+    def _exponents(self, parts: Parts, rows: Sequence[Row]) -> Tensor:
+        """beta (B, steps): of each unit and strength from a pilot group of its own, run once."""
+        for unit, s in sorted({(r.unit, r.strength) for r in rows if r.strength > 0}):
+            if (parts.constraint, unit, s) in self._found:
+                continue
+            pilot = [Row(unit, s, i) for i in range(self.particles)]
+            noise = Noise(
+                range(self.particles), parts.chain.denoiser.shape, parts.device, parts.dtype, "tempering"
+            )
+            found: list[float] = []
+
+            def choose(number: int, cloud: Cloud, found: list[float] = found) -> float:
+                log_psi = cloud.guided.log_psi
+                if log_psi is None:
+                    found.append(1.0)
+                else:
+                    rest = cloud.state.log_dpdq - cloud.level
+                    found.append(exponent(cloud.log_w(self.particles)[0], rest, log_psi, self.temper))
+                return found[-1]
+
+            for _ in self._steps(parts, pilot, noise, choose):
+                pass
+            self._found[parts.constraint, unit, s] = found
+        one = [1.0] * len(parts.chain)
+        beta = [self._found[parts.constraint, r.unit, r.strength] if r.strength > 0 else one for r in rows]
+        return torch.tensor(beta, dtype=torch.float64, device=parts.device)
 
     def _check_groups(self, rows: Sequence[Row]) -> None:
         g = self.particles
@@ -218,9 +174,7 @@ class Particles(ChainSampler):
         weights = Weights.of(last.log_w(g))
         log_w = log_z.cpu()[:, None] + last.log_w(g)
         log_z_hat = torch.where(strength[::g] > 0, log_z.cpu() + weights.log_mean, 0.0)
-        some = torch.where(
-            (weights.ess > 0)[:, None], weights.w, 1 / g
-        )  # a group with none left is put right below
+        some = torch.where((weights.ess > 0)[:, None], weights.w, 1 / g)  # no particle left: put right below
         ancestor = systematic(some, noise.uniform("resampling", range(0, len(level), g)).cpu())
         copies = torch.zeros_like(ancestor).scatter_add(1, ancestor, torch.ones_like(ancestor))
         copies[weights.ess == g] = 1  # equal weights: rounding would leave a row out and take another twice
@@ -240,10 +194,13 @@ class Particles(ChainSampler):
         )
 
 
-def _level(cloud: Cloud) -> Tensor:
-    """log dP/dQ + log psi where this step took the twist of a row; as it was elsewhere."""
-    guided = cloud.guided
-    if guided.log_psi is None:
-        return cloud.level
-    level = cloud.state.log_dpdq + guided.log_psi
-    return level if guided.reads is None else torch.where(guided.reads, level, cloud.level)
+@dataclass(frozen=True)
+class _Step:
+    """What one step left: the cloud after it, log Z^ so far (groups,), and the step's diagnostics."""
+
+    cloud: Cloud
+    log_z: Tensor
+    guidance_norm: Tensor
+    path_kl: Tensor
+    ess: Tensor
+    ancestors: Tensor
