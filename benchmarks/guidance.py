@@ -7,7 +7,7 @@ activation by one standard deviation of the prior (found beforehand, on seeds of
 in standard deviations of the prior. path KL: what the guided chain spent, in nats; kl_lower: the least that any
 law with this mean activation spends; their ratio is the KL efficiency. objective: path KL - s shift; no guidance
 gets below -log Z(s). All rows of a unit share one pool of unguided samples (its mean, its standard deviation and
-log Z(l) of the bound), and all guidances share their seeds. p is the law of this chain at strength 0. The twist
+log Z(l) of the bound), and all guidances share their seeds and twins. p is the law of this chain at strength 0. The twist
 of Calibrated sees no more than sample.py gives it: the first --pilot trajectories of the pool.
 
 +- is one standard error: bootstrap over seeds and pool, seeds in common. A kl_lower with ">=" lies at the edge of
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from tiltlens.energies import Linear
-from tiltlens.estimates.bounds import least_kl, mean, objective
+from tiltlens.estimates.bounds import least_kl, mean
 from tiltlens.estimates.importance import tilt
 from tiltlens.estimates.samples import Samples
 from tiltlens.estimates.sweep import trusted_log_z
@@ -125,7 +125,9 @@ class Bench:
         rng = np.random.default_rng(0)
         self.counts = resample(rng, asked.samples)
         self.pool_counts = resample(rng, asked.pool)
-        self.free: dict[int, np.ndarray] = {}  # unit -> z of the unguided twins of the tuning seeds
+        self.free: dict[
+            tuple[int, int], dict[str, np.ndarray]
+        ] = {}  # (unit, first seed) -> the unguided twins
 
     def _sampler(self, guidance: Guidance) -> Sampler:
         return Sampler(self.prior, self.bank, Linear(), guidance, self.asked.steps)
@@ -150,6 +152,13 @@ class Bench:
         names = ("z", "energy", "log_w", "path_kl", "finite")
         return {k: np.concatenate([getattr(s, k).numpy() for s in done]) for k in names}
 
+    def twins(self, sampler: Sampler, unit: int, first: int, n: int) -> dict[str, np.ndarray]:
+        """The same seeds unguided: the scene and most of the noise cancel in a difference, shift by shift."""
+        if (unit, first) not in self.free:
+            what = f"{self.names[unit]}, unguided twins"
+            self.free[unit, first] = self.run(sampler, unit, 0.0, first, n, what)
+        return self.free[unit, first]
+
     def tune(self, sampler: Sampler, unit: int, shift: float, what: str) -> float:
         """The strength of a shift near TARGET. shift: the one at strength 1.
 
@@ -157,15 +166,12 @@ class Bench:
         scene, most of the noise, cancels.
         """
         n = self.asked.tuning
-        if unit not in self.free:
-            self.free[unit] = self.run(sampler, unit, 0.0, TUNING, n, f"{what}, unguided twins")["z"]
+        twins = self.twins(sampler, unit, TUNING, n)["z"]
         points = [(0.0, np.log(max(shift, 0.1)))]  # (log s, log shift)
         for attempt in range(TRIES):
             log_s = guess(points)
             run = self.run(sampler, unit, float(np.exp(log_s)), TUNING, n, f"{what}, tuning {attempt + 1}")
-            found = (
-                float((run["z"] - self.free[unit])[run["finite"]].mean()) if run["finite"].any() else np.nan
-            )
+            found = float((run["z"] - twins)[run["finite"]].mean()) if run["finite"].any() else np.nan
             tell(f"{what}: strength {np.exp(log_s):.3g} shifts by {found:.2f}", end="\n")
             if not np.isfinite(found):
                 points.append((log_s, np.log(10.0)))
@@ -177,12 +183,12 @@ class Bench:
 
     def row(self, sampler: Sampler, unit: int, name: str, strength: float, tuned: bool) -> Figure:
         n, what = self.asked.samples, f"{self.names[unit]}, {name}"
+        first = SECOND if tuned else FIRST
+        twins = self.twins(sampler, unit, first, n)
         start = time.perf_counter()
-        run = self.run(
-            sampler, unit, strength, SECOND if tuned else FIRST, n, f"{what}, strength {strength:.3g}"
-        )
+        run = self.run(sampler, unit, strength, first, n, f"{what}, strength {strength:.3g}")
         seconds = (time.perf_counter() - start) / n
-        keep = run["finite"]
+        keep = run["finite"] & twins["finite"]
         if keep.sum() < 2:
             raise SystemExit(
                 f"{what}, strength {strength:.3g}: {n - keep.sum()} of {n} samples are not finite"
@@ -190,15 +196,19 @@ class Bench:
         samples = Samples(
             strength, run["energy"][keep], run["log_w"][keep], run["path_kl"][keep], np.flatnonzero(keep)
         )
+        moved = run["energy"][keep] - twins["energy"][keep]
         pool, ones, counts = self.pool[unit], np.ones(int(keep.sum())), self.counts[:, keep]
-        reach = least_kl(mean(samples.energy, None, samples.martingale).value, *self.trust[unit])
+        natural = mean(pool.energy).value
+        reach = least_kl(natural + mean(moved, None, samples.martingale).value, *self.trust[unit])
 
         def figures(mine: np.ndarray, theirs: np.ndarray) -> list:
-            energy = mean(samples.energy, mine, samples.martingale).value
-            shift = mean(pool.energy, theirs).value - energy  # E = -z
+            shift = -mean(moved, mine, samples.martingale).value  # E = -z
             path_kl = mean(samples.path_kl, mine).value
+            # E_q'[E] = natural mean - shift: the pool's mean enters the bound and log Z alike, and drops out
+            energy = mean(pool.energy, theirs).value - shift
             lower = -reach.l * energy - tilt(pool, reach.l, theirs).log_z if reach else 0 * energy
-            return [shift, path_kl, np.fmin(lower, path_kl), objective(samples, strength, mine).value]
+            cost = mean(samples.path_kl + strength * moved, mine, samples.martingale).value
+            return [shift, path_kl, np.fmin(lower, path_kl), cost]
 
         point, again = figures(ones, np.ones(len(pool))), figures(counts, self.pool_counts)
         pairs = [(float(a), np.asarray(b)) for a, b in zip(point, again)]

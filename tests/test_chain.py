@@ -17,6 +17,7 @@ PLANE = ([0.6, 0.4], [[-0.6, 0.2], [0.8, 0.5]], [0.5, 0.3])
 GUIDANCES = {
     "dps": DPS, "lgd": lambda: LGD(samples=2), "mpgd": MPGD, "moment matched": MomentMatched, "exact": Exact,
     "calibrated": Calibrated, "calibrated, no memory": lambda: Calibrated(memory=0),
+    "calibrated, redraws": lambda: Calibrated(redraws=2),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", GUIDANCES)
 ENERGIES = {"linear": Linear(False), "target": Target(1.0, 0.7, False), "threshold": Threshold(1.5, False)}
@@ -100,7 +101,7 @@ def test_a_broken_row_never_touches_its_neighbours(name, monkeypatch):
 
     def broken(x_t, t):
         log_r, mu, tau = posterior(x_t, t)
-        row = torch.tensor([1.0, 1, float("nan"), 1, 1], dtype=mu.dtype)[:, None, None]
+        row = torch.tensor([1.0, 1, float("nan"), 1, 1], dtype=mu.dtype).repeat(len(mu) // 5)[:, None, None]
         return (log_r, mu * row, tau) if t == made.chain.indices[4] else (log_r, mu, tau)
 
     monkeypatch.setattr(denoiser, "posterior", broken)

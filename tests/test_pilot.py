@@ -9,7 +9,7 @@ from tiltlens.constraint import Constraint
 from tiltlens.denoiser import Denoiser
 from tiltlens.energies import Linear, Target
 from tiltlens.guidance import DPS, Calibrated
-from tiltlens.guidance.guidance import PilotTables, Step
+from tiltlens.guidance.guidance import PilotTables, Step, redrawn
 from tiltlens.priors import GaussianMixture
 from tiltlens.sampling.noise import Noise
 from tiltlens.sampling.pilot import UnitPilot, regression, run_pilot, tables
@@ -246,6 +246,28 @@ def test_smoothing_averages_the_gradient_over_views():
     guidance.prepare(by_hand(torch.ones(3)), None, None)
     out = guidance(Identity(w.shape), images, Step(0, 1, SCHEDULE, False, None), rows, guidance.start(images))
     torch.testing.assert_close(out.shift, (1.5 * FACTOR * (w + w.flip(-1)) / 2).expand(2, 3, 8, 8))
+
+
+def test_redraws_keep_the_noise_level_and_leave_a_linear_unit_alone():
+    """Under the denoiser x0_hat = x_t a redrawn estimate is alpha x0_hat + sigma (sqrt(1 - k^2) eps_hat + k xi); the force is
+    that of x_t itself, and the gradient of a linear unit the same everywhere."""
+    alpha, sigma = Step(0, 1, SCHEDULE, False, None).alpha, Step(0, 1, SCHEDULE, False, None).sigma
+    x, xi = normal(3, 2), normal(3, 4000, 2, seed=5)
+    step = Step(0, 1, SCHEDULE, False, lambda k: xi[:, :k])
+    found = redrawn(Identity((2,)), x, x, step, 4000, 0.6).unflatten(0, (4000, 3))
+    eps_hat = (x - alpha * x) / sigma
+    torch.testing.assert_close(
+        found.mean(0), alpha * x + sigma * 0.8 * eps_hat, atol=5 * 0.6 * sigma / 4000**0.5, rtol=0
+    )
+    torch.testing.assert_close(found.std(0), torch.full_like(x, 0.6 * sigma), rtol=0.05, atol=0)
+
+    energy, rows = Target(1.0, 0.7, False), steered(Target(1.0, 0.7, False), A, 3)
+    guidance = Calibrated(0, redraws=4)
+    guidance.prepare(by_hand(torch.ones(3)), None, None)
+    out = guidance(Identity((2,)), x, step, rows, guidance.start(x))
+    w = torch.tensor(A.direction).double()
+    expected = FACTOR * (-1.5 * (x @ w - 1.0) / energy.width**2)[:, None] * w
+    torch.testing.assert_close(out.shift, expected)
 
 
 def test_where_alpha_is_zero_nothing_is_guided():

@@ -9,6 +9,9 @@ so that strength means what it says and nothing is spent where the unit cannot b
 are mostly noise that later steps undo, and KL pays for both; their running average along the trajectory, with time
 constant `memory` in units of log-SNR, is pulled back through the denoiser instead. The shift may depend on the whole
 past, so that all weights stay exact. Smoothing: the gradient is averaged over a few shifts and flips of the image.
+Redraws: what steers is the mean gradient over the x_0 that x_t may come from, and not the gradient at their mean: by
+Stein's lemma, for x_0 | x_t about N(x0_hat, C), grad_{x_t} E[a(x_0) | x_t] = (alpha_t / sigma_t^2) C E[grad a(x_0) | x_t]. So
+the gradient is averaged, too, over estimates of x_t with a part of its noise drawn anew.
 """
 
 import math
@@ -21,6 +24,7 @@ from torch import Tensor
 from tiltlens.constraint import RowConstraint
 from tiltlens.guidance.guidance import Guidance, PilotTables, Step, per_row
 
+KAPPA = 0.5  # of the noise that is drawn anew; at 0.8 the images are those of a blurrier prior, and mislead
 VIEWS = [(dy, dx, flip) for dy, dx in ((0, 0), (1, -1), (-1, 1), (1, 1), (-1, -1)) for flip in (False, True)]
 
 
@@ -37,18 +41,21 @@ class Calibrated(Guidance):
 
     memory: time constant of the running average in units of log-SNR; b = exp(-step / memory), 0.8 a step at 40 steps;
     0 switches it off. smoothing: views of the clean estimate (flips, shifts of a pixel) averaged, each one pass of the
-    encoder; 1 is the image as it is. Vectors have one view.
+    encoder; 1 is the image as it is. Vectors have one view. redraws: estimates with noise drawn anew that are averaged
+    besides, each one more forward of the denoiser, without a graph, and a pass of the encoder.
     """
 
     needs_pilot = True
 
-    def __init__(self, memory: float = 2.0, smoothing: int = 2, profile: Any = None):
+    def __init__(self, memory: float = 2.0, smoothing: int = 2, redraws: int = 0, profile: Any = None):
         super().__init__(profile)
         if not (math.isfinite(memory) and memory >= 0):
             raise ValueError(f"Calibrated: memory is a time in log-SNR, a number >= 0; found {memory}")
         if not 1 <= smoothing <= len(VIEWS):
             raise ValueError(f"Calibrated: smoothing must lie in 1..{len(VIEWS)}, found {smoothing}")
-        self.memory, self.smoothing = memory, smoothing
+        if redraws < 0:
+            raise ValueError(f"Calibrated: redraws must be a whole number >= 0, found {redraws}")
+        self.memory, self.smoothing, self.redraws = memory, smoothing, redraws
         self._tables: PilotTables | None = None
 
     def prepare(self, pilot: PilotTables | None, prior: Any, constraint: Any) -> None:
@@ -76,9 +83,18 @@ class Calibrated(Guidance):
         log_psi = rows.log_tilt(mean, variance)
         (force,) = torch.autograd.grad(log_psi.sum(), mean)
         (h,) = torch.autograd.grad((force * u).sum(), clean)
+        if self.redraws:
+            h = (h + self.redraws * self._redrawn(force, step, rows)) / (1 + self.redraws)
         h, weight = self._remember(h, slope, step, memory)
         average = h / per_row(weight.clamp_min(1e-12), h)
         return average, Memory(h, weight), lambda g, _: (per_row(slope, g) * g, log_psi)
+
+    def _redrawn(self, force: Tensor, step: Step, rows: RowConstraint) -> Tensor:
+        """d(force u) / d x0_hat (B, *shape), averaged over redrawn estimates."""
+        around = step.redraw(self.redraws, KAPPA).requires_grad_()
+        u = rows.argument(rows.read(rows.decode(around)))
+        (h,) = torch.autograd.grad((force.repeat(self.redraws) * u).sum(), around)
+        return h.unflatten(0, (self.redraws, -1)).mean(0)
 
     def _remember(self, h: Tensor, slope: Tensor, step: Step, memory: Memory) -> tuple[Tensor, Tensor]:
         """The average begins, for each row, with the first step whose slope is not about zero."""

@@ -10,8 +10,9 @@ says what cotangent d log psi / d x0_hat is pulled back, and hands over log psi 
 Nothing is ever normalised over the batch.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,13 +29,14 @@ After = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 @dataclass(frozen=True)
 class Step:
     """Where a chain stands: step `number` of the chain, index t of the table; `twist_noise(k)` draws (B, k, *shape)
-    from each row's own twist stream."""
+    from each row's own twist stream. redraw(k, kappa): see `redrawn`; there once x0_hat is."""
 
     number: int
     t: int
     schedule: Schedule
     clip: bool
     twist_noise: Callable[[int], Tensor]
+    redraw: Callable[[int, float], Tensor] | None = None
 
     @property
     def alpha(self) -> float:
@@ -79,6 +81,19 @@ def clean_estimate(denoiser: Denoiser, x_t: Tensor, t: int, clip: bool) -> Tenso
     """x0_hat, clipped to [-1, 1] where the chain says so: in base law and guided law alike."""
     x0_hat = denoiser(x_t, t)
     return x0_hat.clamp(-1, 1) if clip else x0_hat
+
+
+@torch.no_grad()
+def redrawn(denoiser: Denoiser, x_t: Tensor, x0_hat: Tensor, step: Step, count: int, kappa: float) -> Tensor:
+    """Clean estimates (count B, *shape) of x_t with a part of its noise drawn anew from each row's twist stream,
+
+        alpha x0_hat + sigma (sqrt(1 - kappa^2) eps_hat + kappa xi),   eps_hat = (x_t - alpha x0_hat) / sigma,
+
+    at the same noise level: images about as far from x0_hat as x_0 may be, and like x0_hat on the manifold."""
+    eps_hat = (x_t - step.alpha * x0_hat) / step.sigma
+    xi = step.twist_noise(count).transpose(0, 1).to(x_t)
+    x = step.alpha * x0_hat + step.sigma * (math.sqrt(1 - kappa**2) * eps_hat + kappa * xi)
+    return clean_estimate(denoiser, x.flatten(0, 1), step.t, step.clip)
 
 
 class Guidance:
@@ -141,6 +156,8 @@ class Guidance:
         leaf = x_t.detach().clone().requires_grad_()
         x0_hat = clean_estimate(denoiser, leaf, step.t, step.clip)
         clean = x0_hat.detach().clone().requires_grad_()
+        found = clean.detach()
+        step = replace(step, redraw=lambda k, kappa: redrawn(denoiser, x_t.detach(), found, step, k, kappa))
         cotangent, memory, after = self.cotangent(clean, step, rows, memory)
         (g,) = torch.autograd.grad(x0_hat, leaf, cotangent.to(x0_hat.dtype))
         return x0_hat, *after(g, cotangent), memory

@@ -92,7 +92,7 @@ class Chain:
         if guidance is None or number == len(self) - 1:
             with torch.no_grad():
                 return Guided(clean_estimate(self.denoiser, state.x, t, self.clip), None, state.memory)
-        where = Step(number, t, self.denoiser.schedule, self.clip, lambda k: noise.draw("twist", k))
+        where = Step(number, t, self.denoiser.schedule, self.clip, lambda k: noise.at("twist", number, k))
         return guidance(self.denoiser, state.x, where, rows, state.memory)
 
     def move(self, state: State, number: int, guided: Guided, noise: Noise) -> tuple[State, Info]:

@@ -18,11 +18,13 @@ STREAMS = ("start", "step", "twist", "resampling", "proposal", "accept")
 BLOCK = 4096  # numbers drawn at once: small states would otherwise spend their time in calls of the generator
 
 
-def stream_seed(domain: str, seed: int, stream: str) -> int:
-    """A 63-bit seed from a name. Raises ValueError for an unknown stream."""
+def stream_seed(domain: str, seed: int, stream: str, number: int | None = None) -> int:
+    """A 63-bit seed from a name; number: of a step, where the stream has one generator a step. Raises ValueError for an
+    unknown stream."""
     if stream not in STREAMS:
         raise ValueError(f"unknown noise stream {stream!r}: expected one of {', '.join(STREAMS)}")
-    digest = hashlib.blake2b(f"tiltlens/{domain}/{seed}/{stream}".encode(), digest_size=8).digest()
+    name = f"tiltlens/{domain}/{seed}/{stream}" + ("" if number is None else f"/{number}")
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -47,6 +49,13 @@ class Noise:
         """The next draw (B, *shape), or the next `count` of them, (B, count, *shape)."""
         drawn = [self._next(stream) for _ in range(1 if count is None else count)]
         return drawn[0] if count is None else torch.stack(drawn, 1)
+
+    def at(self, stream: str, number: int, count: int) -> Tensor:
+        """Draws that are named by a step too, (B, count, *shape): the same whether or not the steps before drew, for a row
+        may share its batch with one that is guided earlier. A stream is read by `at` alone, or never."""
+        seeds = [stream_seed(domain, seed, stream, number) for domain, seed in self._names]
+        drawn = [torch.randn((count, *self.shape), generator=torch.Generator().manual_seed(s)) for s in seeds]
+        return torch.stack(drawn).to(self.device, self.dtype)
 
     def uniform(self, stream: str, rows: Sequence[int]) -> Tensor:
         """The next number uniform in [0, 1) of each of these rows' own streams, (len(rows),) float64; the streams of the
