@@ -147,7 +147,7 @@ PRIOR = ([0.6, 0.4], [[-1.0, 0.5], [1.0, 0.0]], [0.4, 0.3])
 def test_tilt_solves_for_each_unit_and_goes_on_where_it_stopped(tmp_path):
     prior, units = GaussianMixture(*PRIOR), [[1.0, -0.5], [0.0, 1.0]]
     settings = {
-        "n": 128, "energy": Linear(standardise=False), "guidance": Exact(), "steps": 100, "spacing": "index", "pilot": 256,
+        "n": 64, "energy": Linear(standardise=False), "guidance": Exact(), "steps": 80, "spacing": "index", "pilot": 256,
         "batch_size": 512, "out": tmp_path / "run", "accelerator": "cpu",
     }  # fmt: skip
     result = tilt(prior, [Projection(u) for u in units], constraint="z=2", **settings)

@@ -14,6 +14,7 @@ from PIL import Image
 from tiltlens import report
 from tiltlens.report.digits import number, plus_minus
 from tiltlens.run_folder import RunFolder, image_name, unit_slug
+from tiltlens.run_tables import as_json
 
 UNIT = "timm:tf_efficientnet_lite0 · classifier · cls · class 339 (sorrel)"
 STRENGTHS = (0.0, 1.0, 2.0, 4.0)
@@ -356,3 +357,34 @@ def test_the_figures_show_the_numbers_of_the_curve(folder):
 )
 def test_a_number_has_the_digits_of_its_error(value, se, expected):
     assert plus_minus(value, se).replace("\xa0", " ") == expected
+
+
+def test_particles_are_shown_as_their_equally_weighted_output(tmp_path):
+    """Copies 0 are not there, copies 3 count three times in a histogram and once as a picture."""
+    folder = RunFolder(tmp_path)
+    folder.claim({})
+    rows = []
+    for seed, copies in enumerate((3, 0, 1, 0)):
+        name = image_name(unit_slug("u"), 1.0, seed)
+        folder.save_image(name, smooth_noise(np.random.default_rng(seed), 1.0, seed))
+        row = {
+            "unit": "u",
+            "strength": 1.0,
+            "seed": seed,
+            "activation": float(seed),
+            "z": float(seed),
+            "energy": 0.0,
+        }
+        rows.append(row | {"finite": True, "image": name, "group": 0, "weight": copies / 4, "copies": copies})
+    folder.write_part(rows)
+    folder.consolidate()
+    entry = {"status": "open", "text": "Asked for <z=3>: not met."}
+    folder.write_curve([{"unit": "u", "strength": 1.0, "n": 4, "z_mean": 0.5}])
+    folder.write("summary.json", as_json({**folder.read_summary(), "constraint": {"u": entry}}))
+    (run,) = report.read_units(folder).values()
+    assert run.values("z")[1.0].tolist() == [0, 0, 0, 2]
+    page = report.write_report(folder).read_text()
+    assert page.count("<img") == 2
+    assert "3 copies" in page
+    assert "Asked for &lt;z=3&gt;: not met." in page
+    assert 'class="constraint unmet"' in page

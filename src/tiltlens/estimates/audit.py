@@ -12,7 +12,7 @@ import numpy as np
 from tiltlens.estimates.bootstrap import Replicates
 from tiltlens.estimates.bounds import log_z_floor
 from tiltlens.estimates.integral import integral, quadrature_errors, shortfalls
-from tiltlens.estimates.mbar import Pool
+from tiltlens.estimates.pool import Pool
 from tiltlens.estimates.samples import Samples
 from tiltlens.estimates.sweep import SIGNIFICANT, Node, Sweep
 

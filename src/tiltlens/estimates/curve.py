@@ -2,8 +2,8 @@
 
 A row says two things. What was *sampled* (the guided law q'): means of activation, z and energy, path_kl and
 kl_lower, which bracket KL(q'||p), their ratio (efficiency), the ESS of the weights and the gap to the
-optimum. And what the *optimum* q_s is at this strength: log_z and kl, by the method named in kl_method (see
-`sweep`). Null (None) means not defined or not to be had honestly; a warning, one sentence, says why.
+optimum. And what the *optimum* q_s is at this strength: log_z, kl and its mean energy m(s) (optimum_energy), by the
+method named in kl_method (see `sweep`). Null (None) means not defined or not to be had honestly; a warning, one sentence, says why.
 """
 
 import numpy as np
@@ -82,10 +82,13 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
             "kl_lower": least,
             "kl": Mean(sweep.kl[j], sweep_se.kl[j]),
             "log_z": Mean(sweep.log_z[j], sweep_se.log_z[j]),
+            "optimum_energy": Mean(sweep.energy[j], sweep_se.energy[j])
+            if np.isfinite(sweep.kl[j])
+            else NOTHING,
             "gap": Mean(gap[0, k], gap_se[k]) if np.isfinite(sweep.log_z[j]) else NOTHING,
         }
         if run.strength == 0:
-            values = dict.fromkeys(values, Mean(0.0, 0.0))
+            values = {**dict.fromkeys(values, Mean(0.0, 0.0)), "optimum_energy": values["optimum_energy"]}
         elif path_kl.value > 0:
             values["efficiency"] = least.value / path_kl.value
         if run.log_w is not None:
@@ -153,6 +156,7 @@ def _row(unit: str, group: Group, values: dict) -> dict:
     row |= _pair("kl", "kl_se", values.get("kl"))
     row["kl_method"] = values.get("kl_method", "bounds")
     row |= _pair("log_z", "log_z_se", values.get("log_z"))
+    row |= _pair("optimum_energy", "optimum_energy_se", values.get("optimum_energy"))
     row["ess"] = _number(values.get("ess", np.nan))
     row |= _pair("gap", "gap_se", values.get("gap"))
     return row | {"nonfinite": group.nonfinite}

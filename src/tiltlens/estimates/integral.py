@@ -10,7 +10,7 @@ from scipy.interpolate import PchipInterpolator
 
 from tiltlens.estimates import mbar
 from tiltlens.estimates.importance import tilt
-from tiltlens.estimates.mbar import Pool
+from tiltlens.estimates.pool import Pool
 from tiltlens.estimates.samples import Samples
 from tiltlens.estimates.sweep import MBAR, Node, Sweep
 

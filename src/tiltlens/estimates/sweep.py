@@ -40,7 +40,8 @@ from tiltlens.estimates import mbar
 from tiltlens.estimates.bootstrap import Replicates
 from tiltlens.estimates.bounds import log_z_floor
 from tiltlens.estimates.importance import KL_ROOT, LOG_Z_ROOT, relative_variance, tilt
-from tiltlens.estimates.mbar import Pool, Smooth
+from tiltlens.estimates.mbar import Smooth
+from tiltlens.estimates.pool import Pool, pool_draws
 from tiltlens.estimates.samples import Samples
 
 STAND_IN = 0.1  # of the shift of mean energy: the bias at which a guided mean may stand in for m(s)
@@ -127,7 +128,7 @@ def find_sources(samples: list[Samples], strengths: Sequence[float] | None = Non
     for MBAR."""
     asked = [run.strength for run in samples] if strengths is None else strengths
     strengths = np.array(sorted({0.0, *asked}))
-    pool = mbar.pool_draws(samples)
+    pool = pool_draws(samples)
     best = [[best_source(samples, s, root) for s in strengths] for root in (KL_ROOT, LOG_Z_ROOT)]
     if samples[0].strength == 0:
         best[0][0] = 0

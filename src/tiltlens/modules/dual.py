@@ -161,10 +161,15 @@ def solve(trainer: Trainer, module: Any, data: ConstraintPlan, writer: Any) -> l
 def say(asked: Asked, found: Certificate, natural: Natural, strengths: int) -> str:
     """The certificate in a sentence or two."""
     kl = asked.kind == "kl"
-    what = f"{number(found.target)} nats" if kl else f"a mean activation of {_both(found.target, natural)}"
+    what = (
+        f"{number(found.target)} nats"
+        if kl
+        else f"a mean activation of {number(found.target)}{_z(found.target, natural)}"
+    )
     start = f"Asked for {asked.text}" + ("" if kl else f", {what}")
     name = "KL" if kl else "the mean activation"
     reached = plus_minus(found.value, found.value_se) if found.value is not None else ""
+    reached += "" if kl or not reached else _z(found.value, natural)
     low, high = (number(x) for x in found.reach)
     if found.status == "natural":
         return f"{start}: natural samples meet it already, with {reached}."
@@ -197,7 +202,7 @@ def say(asked: Asked, found: Certificate, natural: Natural, strengths: int) -> s
     )
 
 
-def _both(activation: float, natural: Natural) -> str:
+def _z(activation: float, natural: Natural) -> str:
     if natural.std == 1.0 and natural.mean == 0.0:
-        return number(activation)
-    return f"{number(activation)} (z = {number((activation - natural.mean) / natural.std)})"
+        return ""
+    return f" (z = {number((activation - natural.mean) / natural.std)})"

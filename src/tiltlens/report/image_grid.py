@@ -18,12 +18,17 @@ PAPER, INK, FAINT = "#ffffff", "#23272b", "#eceef0"
 
 
 def cells(run: UnitRun) -> tuple[list[int], dict[float, dict[int, str | None]]]:
-    """The seeds that have an image, and by strength (0 first, ascending) and seed the name of that image."""
+    """The seeds that have an image, and by strength (0 first, ascending) and seed the name of that image.
+
+    Particles that left the output are not shown; the others are numbered from 0, for a column of theirs has no noise in
+    common.
+    """
     by_strength: dict[float, dict[int, str]] = {}
     columns = (run.samples[name].to_pylist() for name in ("strength", "seed", "image"))
-    for strength, seed, name in zip(*columns):
-        if name is not None:
-            by_strength.setdefault(strength, {})[seed] = name
+    for strength, seed, name, copies in zip(*columns, run.copies):
+        if name is not None and copies:
+            row = by_strength.setdefault(strength, {})
+            row[len(row) if run.in_groups else seed] = name
     seeds = sorted({seed for row in by_strength.values() for seed in row})
     return seeds, {s: {seed: by_strength[s].get(seed) for seed in seeds} for s in sorted(by_strength)}
 
@@ -58,7 +63,7 @@ def draw(folder: RunFolder, run: UnitRun) -> Image.Image | None:
     picture = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(picture)
     for i, seed in enumerate(seeds):
-        label = f"seed {seed}" if i == 0 else str(seed)
+        label = f"seed {seed}" if i == 0 and not run.in_groups else str(seed)
         pen.text((left + i * pitch + cell // 2, MARGIN), label, INK, font, anchor="ma")
     for j, strength in enumerate(rows):
         y = top + j * pitch

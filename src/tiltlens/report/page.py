@@ -87,7 +87,10 @@ def _unit(folder: RunFolder, run: UnitRun, most: int) -> dict:
     """What the template shows of a unit, with at most so many seeds."""
     seeds, rows = image_grid.cells(run)
     parts = [part for part in (seeds[:FIRST], seeds[FIRST:most]) if part]
-    blocks = [{"seeds": part, "rows": _image_rows(folder, run, rows, part)} for part in parts]
+    blocks = [
+        {"seeds": part, "rows": _image_rows(folder, run, rows, part), "particles": run.in_groups}
+        for part in parts
+    ]
     has, has_not = columns.split(run)
     colour = _colours(run)
     drawn = [(draw(run), draw.__name__, title, text) for draw, title, text in FIGURES]
@@ -98,6 +101,7 @@ def _unit(folder: RunFolder, run: UnitRun, most: int) -> dict:
         "standardised": run.scale == "z",
         "blocks": blocks,
         "strip": [image for image in blocks[0]["rows"][-1]["images"] if image][:STRIP] if blocks else [],
+        "particles": run.in_groups,
         "seeds": len(seeds),
         "shown": min(len(seeds), most),
         "figures": [
@@ -113,8 +117,8 @@ def _unit(folder: RunFolder, run: UnitRun, most: int) -> dict:
 
 def _image_rows(folder: RunFolder, run: UnitRun, rows: dict, seeds: list[int]) -> list[dict]:
     """A row a strength: its label, and its images with what is said of each on hovering."""
-    named = zip(*(run.samples[name].to_pylist() for name in ("strength", "seed", run.scale)))
-    value = {(strength, seed): activation for strength, seed, activation in named}
+    named = zip(*(run.samples[name].to_pylist() for name in ("image", "seed", run.scale)), run.copies)
+    of = {name: (seed, value, copies) for name, seed, value, copies in named}
     colour, curve = _colours(run), {row["strength"]: row for row in run.curve}
     unit = "z" if run.scale == "z" else "activation"
     out = []
@@ -125,7 +129,7 @@ def _image_rows(folder: RunFolder, run: UnitRun, rows: dict, seeds: list[int]) -
             names[seed]
             and {
                 "src": image_grid.data_uri(folder.path / names[seed]),
-                "title": f"strength {label}, seed {seed}: {unit} {number(value[strength, seed])}",
+                "title": _title(label, unit, *of[names[seed]]),
             }
             for seed in seeds
         ]
@@ -135,6 +139,11 @@ def _image_rows(folder: RunFolder, run: UnitRun, rows: dict, seeds: list[int]) -
             {"strength": label, "colour": colour[strength], "mean": mean, "nats": nats, "images": images}
         )
     return out
+
+
+def _title(strength: str, unit: str, seed: int, value: float, copies: int) -> str:
+    more = f", {copies} copies" if copies > 1 else ""
+    return f"strength {strength}, seed {seed}: {unit} {number(value)}{more}"
 
 
 def _colours(run: UnitRun) -> dict[float, str]:

@@ -34,12 +34,24 @@ class UnitRun:
     def has_images(self) -> bool:
         return self.samples["image"].null_count < self.samples.num_rows
 
+    @property
+    def copies(self) -> np.ndarray:
+        """(N,) how often each sample stands in the output: 1, or what its group of particles made of it."""
+        if "copies" not in self.samples.column_names:
+            return np.ones(self.samples.num_rows, int)
+        return self.samples["copies"].fill_null(1).to_numpy().astype(int)
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether some samples are particles."""
+        return "copies" in self.samples.column_names and self.samples["copies"].null_count < len(self.copies)
+
     def values(self, column: str) -> dict[float, np.ndarray]:
-        """By strength: the finite values (n,) of a column of samples."""
+        """By strength: the finite values (n,) of a column of samples; of particles, of their equally weighted output."""
         strengths = self.samples["strength"].to_numpy()
         values = self.samples[column].cast(pa.float64()).to_numpy()
-        keep = np.isfinite(values)
-        return {float(s): values[keep & (strengths == s)] for s in np.unique(strengths)}
+        times = self.copies * np.isfinite(values)
+        return {float(s): np.repeat(values, times * (strengths == s)) for s in np.unique(strengths)}
 
 
 def read_units(folder: RunFolder) -> dict[str, UnitRun]:
