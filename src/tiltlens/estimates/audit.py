@@ -36,7 +36,7 @@ def audit(
     s = np.array([n.strength for n in nodes])
     value, se = (Sweep(*(f(x) for x in sweep)) for f in (lambda x: x[0].copy(), bootstrap.se))
     methods = [n.method for n in nodes]
-    for x, factor in zip((se.log_z, se.kl), shortfalls(nodes, samples, pool)):
+    for x, factor in zip((se.log_z, se.kl, se.energy), shortfalls(nodes, samples, pool)):
         x *= factor
     quadrature = quadrature_errors(s, value.energy, value.variance)
     for k in range(1, len(nodes)):

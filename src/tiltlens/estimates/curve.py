@@ -2,8 +2,9 @@
 
 A row says two things. What was *sampled* (the guided law q'): means of activation, z and energy, path_kl and
 kl_lower, which bracket KL(q'||p), their ratio (efficiency), the ESS of the weights and the gap to the
-optimum. And what the *optimum* q_s is at this strength: log_z, kl and its mean energy m(s) (optimum_energy), by the
-method named in kl_method (see `sweep`). Null (None) means not defined or not to be had honestly; a warning, one sentence, says why.
+optimum. And what the *optimum* q_s is at this strength: log_z, kl and its mean energy m(s) (optimum_energy), by
+the method named in kl_method (see `sweep`). Null (None) means not defined or not to be had honestly; a warning,
+one sentence, says why.
 """
 
 import numpy as np
