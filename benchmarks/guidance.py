@@ -44,12 +44,13 @@ GUIDANCES = {
     "Calibrated": lambda: Calibrated(memory=0, smoothing=1),
     "Calibrated, memory": lambda: Calibrated(smoothing=1),
     "Calibrated, memory, 4 views": lambda: Calibrated(smoothing=4),
+    "Calibrated, memory, 4 redraws": lambda: Calibrated(smoothing=1, redraws=4),
 }
 OURS, THEIRS, GOAL = "Calibrated, memory", "DPS", 2.0
-UNITS = [
+UNITS = [  # a class, and two channels: one of the patches, one of the cls token
     "bundled,class=horse",
-    "bundled,class=ship",
     "bundled,layer=blocks.3,tokens=patch,reduction=mean,channel=17",
+    "bundled,layer=blocks.4,tokens=cls,channel=40",
 ]
 TARGET = 1.0  # prior standard deviations: the shift that strengths are tuned to
 NEAR = 0.15  # a tuning run this near is the last

@@ -56,8 +56,8 @@ class RunFolder:
     """Reads and writes DIR. Nothing is created before `claim` or a first write.
 
     Columns of samples: unit, strength, seed, activation, z, energy, log_w, path_kl, clipped, seconds, finite,
-    image.
-    Columns of steps: unit, strength, seed, step, t, log_snr, guidance_norm, path_kl_step.
+    image; of particles also group, weight, copies.
+    Columns of steps: unit, strength, seed, step, t, log_snr, guidance_norm, path_kl_step; of particles also ess, ancestors.
     """
 
     image_name = staticmethod(image_name)
