@@ -16,6 +16,8 @@ from tiltlens.estimates.pool import Pool
 from tiltlens.estimates.samples import Samples
 from tiltlens.estimates.sweep import SIGNIFICANT, Node, Sweep
 
+COLLAPSED = "no run has importance weights for it that are healthy"
+REMEDY = " More samples, strengths in between, or particles would help."
 QUADRATURE = 0.1  # of KL: an integral this uncertain, and more than its standard error, is withheld
 
 
@@ -45,7 +47,7 @@ def audit(
     warnings, last = [], 0.0
     for k, node in enumerate(nodes):
         at = f"strength {node.strength:g}:"
-        reason = "no run has importance weights for it that are healthy"
+        reason = COLLAPSED
         if node.method == "thermodynamic":
             statistical, bias = float(se.kl[k]), node.strength * node.bias
             for x in (se.log_z, se.kl):
@@ -64,6 +66,7 @@ def audit(
             warnings.append(
                 f"{at} no kl, only bounds: {reason}; KL(q_s||p) is at least {last:.3g} nats, the most at a "
                 f"smaller strength{'' if np.isfinite(value.log_z[k]) else '; no log_z and no gap either'}."
+                f"{REMEDY if reason == COLLAPSED else ''}"
             )
             continue
         last = max(last, float(value.kl[k]))
