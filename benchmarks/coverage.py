@@ -46,7 +46,7 @@ ROWS_AT_ONCE = 2048
 NORMAL = 1.959964
 WANTED = (0.92, 0.98)
 NUMBERS = ("log_z", "kl", "activation")
-COLUMNS = ("activation", "energy", "z", "log_w", "path_kl", "finite", "group", "weight")
+COLUMNS = ("activation", "energy", "z", "log_w", "path_kl", "finite", "group", "weight", "ancestor")
 
 
 def problem(dimension: int) -> tuple[GaussianMixture, list[float]]:

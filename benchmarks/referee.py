@@ -138,7 +138,17 @@ class Bench:
                     self.tell(f"{self.names[u]}, particles at {s:.3g}, group {g + 1}/{self.asked.groups}"),
                 )
                 named = {"strength": [r.strength for r in rows], "seed": [r.seed for r in rows]}
-                kept = ("activation", "z", "energy", "log_w", "path_kl", "finite", "group", "weight")
+                kept = (
+                    "activation",
+                    "z",
+                    "energy",
+                    "log_w",
+                    "path_kl",
+                    "finite",
+                    "group",
+                    "weight",
+                    "ancestor",
+                )
                 named |= {k: getattr(found, k).numpy() for k in kept}
                 for k, v in named.items():
                     columns.setdefault(k, []).append(v)

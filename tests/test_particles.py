@@ -117,7 +117,7 @@ def test_z_is_unbiased_with_four_particles(name, threshold, energy):
     made = sampler(name, Particles(4, threshold), energy, steps=14)
     found = made.sample(rows(4, 1000))
     score, se = z_score(found, 4, chain_z(made, 1.0))
-    assert se < 0.06, f"{name}: a z-test with a standard error of {se:.2f} says nothing"
+    assert se < 0.1, f"{name}: a z-test with a standard error of {se:.2f} says nothing"
     assert abs(score) < 4, f"{name}, threshold {threshold}: {score:.1f} standard errors"
     share = (found.ancestors[:, -1] < 4).double().mean()
     assert share == 0 if threshold == 0 else share > 0.02, f"{name}: resampled in {share:.2f} of the groups"

@@ -62,7 +62,7 @@ def test_rows_and_steps_come_back_the_same_before_and_after_consolidation(tmp_pa
 
 def test_a_folder_from_before_a_column_was_added_is_read_with_nulls(tmp_path):
     """Whole and in parts; and it goes on."""
-    folder, new = RunFolder(tmp_path), {"group", "weight", "copies", "ess", "ancestors"}
+    folder, new = RunFolder(tmp_path), {"group", "weight", "copies", "ancestor", "ess", "ancestors"}
     folder.write_part([row()], steps())
     folder.consolidate()
     folder.write_part([row(seed=1)], steps(seed=1))

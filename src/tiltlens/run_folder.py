@@ -56,7 +56,7 @@ class RunFolder:
     """Reads and writes DIR. Nothing is created before `claim` or a first write.
 
     Columns of samples: unit, strength, seed, activation, z, energy, log_w, path_kl, clipped, seconds, finite,
-    image; of particles also group, weight, copies.
+    image; of particles also group, weight, copies, ancestor.
     Columns of steps: unit, strength, seed, step, t, log_snr, guidance_norm, path_kl_step; of particles also ess, ancestors.
     """
 

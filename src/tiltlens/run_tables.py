@@ -30,6 +30,7 @@ SAMPLES = _schema(
     ),  # particles: the first seed of the row's group; these three are null for other rows
     pa.field("weight", pa.float64()),  # its share in the group
     pa.field("copies", pa.int64()),  # how often it stands in the group's equally weighted output
+    pa.field("ancestor", pa.int64()),  # the seed in whose state its path began
 )
 STEPS = _schema(
     "unit:string strength seed:int64 step:int64 t:int64", "log_snr guidance_norm path_kl_step ess ancestors"

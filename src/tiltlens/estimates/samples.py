@@ -33,7 +33,8 @@ class Samples:
 
     strength: s >= 0; energy (n,): E of the final sample; log_w, path_kl (n,) in nats, or None; cluster (n,)
     int: the seed, or the group of particles. Samples of equal cluster share their noise, whatever the strength;
-    clusters below zero are the pilot's. weight (n,): G W_i of a particle, None for independent samples. Strength 0
+    clusters below zero are the pilot's. weight (n,): G W_i of a particle, None for independent samples. ancestor (n,): the
+    seed in whose state a particle's path began, None where not recorded. Strength 0
     is the prior itself: log_w = path_kl = 0. Raises ValueError for a negative strength, a wrong shape or values that
     are not finite.
     """
@@ -44,6 +45,7 @@ class Samples:
     path_kl: np.ndarray | None
     cluster: np.ndarray
     weight: np.ndarray | None = None
+    ancestor: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not self.strength >= 0:
@@ -52,7 +54,8 @@ class Samples:
             object.__setattr__(self, "log_w", np.zeros(len(self.energy)))
             object.__setattr__(self, "path_kl", np.zeros(len(self.energy)))
             object.__setattr__(self, "weight", None)
-        for name in ("energy", "log_w", "path_kl", "weight"):
+            object.__setattr__(self, "ancestor", None)
+        for name in ("energy", "log_w", "path_kl", "weight", "ancestor"):
             value = getattr(self, name)
             if value is None:
                 continue

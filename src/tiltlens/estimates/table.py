@@ -7,7 +7,7 @@ import numpy as np
 from tiltlens.estimates.samples import Samples
 
 NEEDED = ("strength", "seed", "activation", "energy")
-OPTIONAL = ("z", "log_w", "path_kl", "weight")
+OPTIONAL = ("z", "log_w", "path_kl", "weight", "ancestor")
 PILOT = ("energy", "activation")
 
 
@@ -107,7 +107,7 @@ def _particles(columns: dict, kept: np.ndarray, everyone: np.ndarray) -> dict:
     names, sizes = np.unique(everyone, return_counts=True)
     found, of, left = np.unique(kept, return_inverse=True, return_counts=True)
     if sizes.max() == 1:
-        return {"weight": None}
+        return {"weight": None, "ancestor": None}
     whole = sizes[np.searchsorted(names, found)]
     total = np.bincount(of, columns["weight"])
     log_w = columns["log_w"]

@@ -13,6 +13,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from tiltlens.guidance.learned import Lesson
 from tiltlens.modules.provenance import provenance
 from tiltlens.modules.results import estimate_run
 from tiltlens.modules.sampling_module import SamplingModule
@@ -28,7 +29,7 @@ STEP_SEEDS = 64  # seeds of each (unit, strength) whose single steps are kept: e
 
 
 class PilotStore:
-    """The pilot of each unit under DIR/pilot."""
+    """The pilot of each unit under DIR/pilot, and what guidance learned from it."""
 
     def __init__(self, folder: RunFolder):
         self.path = Path(folder.path) / "pilot"
@@ -46,6 +47,18 @@ class PilotStore:
         self.path.mkdir(parents=True, exist_ok=True)
         for unit, pilot in zip(units, pilots):
             pilot.save(self._file(unit))
+
+    def load_lessons(self, units: list[Unit]) -> list[Lesson] | None:
+        """None unless every unit has its lesson."""
+        files = [self._lesson(u) for u in units]
+        return [Lesson.load(f) for f in files] if all(f.exists() for f in files) else None
+
+    def save_lessons(self, units: list[Unit], lessons: list[Lesson]) -> None:
+        for unit, lesson in zip(units, lessons):
+            lesson.save(self._lesson(unit))
+
+    def _lesson(self, unit: Unit) -> Path:
+        return self.path / f"{unit.slug}.learned.safetensors"
 
 
 class RunFolderWriter(Callback):
@@ -138,6 +151,7 @@ class RunFolderWriter(Callback):
                 "group": None if outputs.group is None else int(outputs.group[i]),
                 "weight": None if outputs.weight is None else float(outputs.weight[i]),
                 "copies": None if outputs.copies is None else int(outputs.copies[i]),
+                "ancestor": None if outputs.ancestor is None else int(outputs.ancestor[i]),
                 "seconds": seconds / len(outputs.rows),
             })  # fmt: skip
             steps += [
@@ -170,8 +184,9 @@ class RunFolderWriter(Callback):
         missing = [r for r in data.rows() if (names[r.unit], r.strength, r.seed) not in done]
         estimate_run(self.folder, module, data)
         told = [{**d, "unit": module.units[d["unit"]].name} for d in module.method.diagnostics()]
+        learned = dict(zip(names, module.sampler.guidance.outcome()))
         self.folder.write_manifest({
-            **({"diagnostics": told} if told else {}),
+            **({"diagnostics": told} if told else {}), **({"learned": learned} if learned else {}),
             "state": "incomplete" if missing else "complete", "finished": _now(),
             "timings": {
                 "seconds": time.time() - self._began, "pilot_seconds": module.pilot_seconds,

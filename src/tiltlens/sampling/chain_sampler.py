@@ -27,7 +27,8 @@ class Samples:
     guidance_norm and step_kl are (B, steps), of the particle that stood in this row at that step.
 
     Rows in groups have besides: group (B,) int64, the first seed of the group; weight (B,), W of the row in its group, and
-    copies (B,) int64, how often it stands in the group's equally weighted output; ess and ancestors (B, steps): 1/sum W^2
+    copies (B,) int64, how often it stands in the group's equally weighted output; ancestor (B,) int64, the seed in whose
+    state the path of the row began; ess and ancestors (B, steps): 1/sum W^2
     of the group, and how many of its first states live on. None for independent rows."""
 
     rows: list[Row]
@@ -44,6 +45,7 @@ class Samples:
     group: Tensor | None = None
     weight: Tensor | None = None
     copies: Tensor | None = None
+    ancestor: Tensor | None = None
     ess: Tensor | None = None
     ancestors: Tensor | None = None
 

@@ -189,6 +189,7 @@ class Particles(ChainSampler):
             group=per_row(torch.tensor([r.seed for r in found.rows[::g]])),
             weight=weights.w.flatten(),
             copies=copies.flatten(),
+            ancestor=torch.tensor([found.rows[i].seed for i in cloud.root.tolist()]),
             ess=per_row(ess),
             ancestors=per_row(ancestors),
         )
