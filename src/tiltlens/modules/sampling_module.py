@@ -68,10 +68,7 @@ class SamplingModule(LightningModule):
         self.energy, self.guidance = energy or Linear(), guidance or Calibrated()
         self.method = sampler or Independent()
         self.method.check(eta)
-        if pilot == 0 and self.guidance.needs_pilot:
-            raise ValueError(
-                f"model.pilot = 0, but {type(self.guidance).__name__} guidance needs a pilot: set pilot >= 8"
-            )
+        self.guidance.check(pilot, eta)
         if pilot == 0 and self.energy.standardise and natural is None:
             raise ValueError(
                 "model.pilot = 0, but the energy is standardised: set pilot >= 8, or model.natural to an image folder"
@@ -144,13 +141,17 @@ class SamplingModule(LightningModule):
         reference = None
         if self.natural:
             reference = read_natural_members(self.natural, self.bank, self.prior.image_size, self.device)
-        self.sampler.calibrate(pilots, reference)
+        self._calibrate(pilots, reference)
         self.pilot_seconds = time.perf_counter() - start
 
     def _pilots(self) -> list[UnitPilot]:
         """From the run folder where it has them; else run once, by rank 0, and kept."""
         store, barrier = self.pilot_store, self.trainer.strategy.barrier
         kept = store.load_pilots(self.units) if store else None
+        if self.guidance.learns and store and store.load_lessons(self.units) is None:
+            kept = (
+                None  # a run that stopped before it had learned: a stored pilot has no features to learn from
+            )
         barrier(
             "pilot looked for"
         )  # no rank may find what another has only just written, and pass the next barrier by
@@ -162,6 +163,24 @@ class SamplingModule(LightningModule):
         barrier("pilot kept")
         kept = kept or store.load_pilots(self.units)
         return kept
+
+    def _calibrate(self, pilots: list[UnitPilot] | None, reference: list[Any] | None) -> None:
+        """With what was learned from the pilot, where guidance learns: as the pilot, from the run folder or by rank 0."""
+        if not self.guidance.learns:
+            self.sampler.calibrate(pilots, reference)
+            return
+        store, barrier = self.pilot_store, self.trainer.strategy.barrier
+        kept = store.load_lessons(self.units) if store else None
+        barrier("lessons looked for")
+        mine = store is None or self.trainer.is_global_zero
+        if kept is not None or mine:
+            report = (lambda done, total: self.progress("pilot", done, total)) if self.progress else None
+            self.sampler.calibrate(pilots, reference, kept, report)
+            if store and kept is None:
+                store.save_lessons(self.units, self.sampler.lessons)
+        barrier("lessons kept")
+        if kept is None and not mine:
+            self.sampler.calibrate(pilots, reference, store.load_lessons(self.units))
 
     def predict_step(self, batch: list[Row], batch_idx: int) -> Samples | None:
         if not batch:  # of a rank, or a run, with nothing left to do

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tiltlens.guidance.guidance import PilotTables
+from tiltlens.guidance.guidance import Guided, PilotTables, clean_and_features, clean_estimate
 from tiltlens.sampling.chain import Chain
 from tiltlens.sampling.noise import Noise
 from tiltlens.units.bank import UnitBank
@@ -27,10 +27,12 @@ KEPT_ABOVE = 2.0  # standard errors; below, a slope is about zero and the step i
 @dataclass(frozen=True)
 class UnitPilot:
     """One unit's pilot. members (P, k): raw member activations of the samples. path (steps, P, k): of the clean
-    estimates along the way."""
+    estimates along the way. features (steps, P, F): of the denoiser, the same for all units, where guidance learns
+    from them; not saved, for what was learned is."""
 
     members: Tensor
     path: Tensor
+    features: Tensor | None = None
 
     def save(self, path: Path) -> None:
         temporary = path.with_suffix(".tmp")
@@ -46,30 +48,39 @@ class UnitPilot:
 def run_pilot(
     chain: Chain, bank: UnitBank, decode: Callable[[Tensor], Tensor], samples: int, batch_size: int,
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None, features: bool = False,
 ) -> list[UnitPilot]:  # fmt: skip
     """Run `samples` unguided trajectories (pilot seeds 0..samples-1) and read every unit of the bank on each.
 
-    progress(done, total) is called after each step, in units of steps.
+    progress(done, total) is called after each step, in units of steps. features: keep the denoiser's, too.
     """
-    paths, finals, done = [], [], 0
+    paths, finals, kept, done = [], [], [], 0
     batches = [range(i, min(i + batch_size, samples)) for i in range(0, samples, batch_size)]
     for seeds in batches:
         noise = Noise(seeds, chain.denoiser.shape, device, dtype, domain="pilot")
-        reads = []
-        for state, info in chain.run(noise):  # noqa: B007
+        reads, state = [], chain.start(noise)
+        for number, t in enumerate(chain.indices):
             with torch.no_grad():
-                reads.append(_read_all(bank, decode(info.x0_hat)))
+                if features:
+                    x0_hat, phi = clean_and_features(chain.denoiser, state.x, t, chain.clip)
+                    kept.append(phi.cpu())
+                else:
+                    x0_hat = clean_estimate(chain.denoiser, state.x, t, chain.clip)
+                reads.append(_read_all(bank, decode(x0_hat)))
+            state, _ = chain.move(state, number, Guided(x0_hat, None), noise)
             done += 1
             if progress:
                 progress(done, len(batches) * len(chain))
         paths.append(torch.stack(reads))  # (steps, b, units, K)
         # the last step returns its clean estimate, so its reading is the sample's activation
         finals.append(reads[-1])
-        del state
     path, final = torch.cat(paths, 1), torch.cat(finals)
+    steps = len(chain)
+    phi = (
+        torch.cat([torch.stack(kept[i : i + steps]) for i in range(0, len(kept), steps)], 1) if kept else None
+    )
     return [
-        UnitPilot(final[:, i, : u.size].cpu(), path[:, :, i, : u.size].cpu())
+        UnitPilot(final[:, i, : u.size].cpu(), path[:, :, i, : u.size].cpu(), phi)
         for i, u in enumerate(bank.units)
     ]
 
@@ -89,14 +100,20 @@ def tables(
 
 
 def _regress(pilot: UnitPilot, unit, natural: Natural, standardise: bool) -> tuple[Tensor, Tensor, Tensor]:
+    u, a = arguments(pilot, unit, natural, standardise)
+    good = torch.isfinite(u).all(0) & torch.isfinite(a)
+    return regression(u[:, good], a[good])
+
+
+def arguments(pilot: UnitPilot, unit, natural: Natural, standardise: bool) -> tuple[Tensor, Tensor]:
+    """What the energy reads along a pilot: u (steps, P) of the clean estimates, a (P,) of the samples."""
     steps, count, k = pilot.path.shape
     z = ((pilot.path - natural.member_mean) / natural.member_std).reshape(steps * count, k)
     u = unit.combine(z).reshape(steps, count)
     a = unit.combine((pilot.members - natural.member_mean) / natural.member_std)
     if standardise:
         u, a = (u - natural.mean) / natural.std, (a - natural.mean) / natural.std
-    good = torch.isfinite(u).all(0) & torch.isfinite(a)
-    return regression(u[:, good], a[good])
+    return u, a
 
 
 def regression(u: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,11 +8,13 @@ from torch import Tensor
 from tiltlens.constraint import Constraint
 from tiltlens.energies import Energy
 from tiltlens.guidance.guidance import Guidance
+from tiltlens.guidance.learned import Lesson
 from tiltlens.priors.prior import Prior
 from tiltlens.sampling.chain import Chain
 from tiltlens.sampling.chain_sampler import ChainSampler, Independent, Parts, Samples
 from tiltlens.sampling.pilot import UnitPilot, run_pilot, tables
 from tiltlens.sampling.plan import Row
+from tiltlens.sampling.shadow import learn
 from tiltlens.schedule import step_indices
 from tiltlens.units.bank import UnitBank
 from tiltlens.units.calibration import Natural
@@ -39,19 +41,25 @@ class Sampler:
         self.device, self.dtype = device, getattr(prior, "dtype", torch.float32)
         self.pilots: list[UnitPilot] | None = None
         self.constraint: Constraint | None = None
+        self.lessons: list[Lesson] | None = None
 
     def run_pilot(
         self, samples: int, batch_size: int, progress: Callable[[int, int], None] | None = None
     ) -> list[UnitPilot]:
         """Unguided trajectories for all units of the bank; see `tiltlens.sampling.pilot`."""
         return run_pilot(
-            self.chain, self.bank, self.prior.decode, samples, batch_size, self.device, self.dtype, progress
-        )
+            self.chain, self.bank, self.prior.decode, samples, batch_size, self.device, self.dtype, progress,
+            self.guidance.reads_features,
+        )  # fmt: skip
 
-    def calibrate(self, pilots: list[UnitPilot] | None, reference: list[Tensor] | None = None) -> None:
+    def calibrate(
+        self, pilots: list[UnitPilot] | None, reference: list[Tensor] | None = None,
+        lessons: list[Lesson] | None = None, progress: Callable[[int, int], None] | None = None,
+    ) -> None:  # fmt: skip
         """Freeze everything that the run learns beforehand. reference: member activations (N, k) of each unit on natural
-        images, where an image folder and not the pilot says what is natural. Raises ValueError where guidance or energy
-        need what is not there."""
+        images, where an image folder and not the pilot says what is natural. lessons: what a guidance that learns has
+        learned before of this pilot; None for learning it now, with progress(done, total). Raises ValueError where
+        guidance or energy need what is not there."""
         members = reference or ([p.members for p in pilots] if pilots else None)
         units = self.bank.units
         if members is None and (self.energy.standardise or any(u.size > 1 for u in units)):
@@ -71,6 +79,18 @@ class Sampler:
         )
         self.tables = regression
         self.guidance.prepare(regression, self.prior, self.constraint)
+        if self.guidance.learns:
+            self.lessons = lessons or learn(
+                self.guidance,
+                self.chain,
+                self.constraint,
+                regression,
+                pilots,
+                self.device,
+                self.dtype,
+                progress,
+            )
+            self.guidance.adopt(self.lessons)
 
     def sample(self, rows: Sequence[Row], progress: Callable[[int, int], None] | None = None) -> Samples:
         """Sample these rows as one batch, in whole groups where the method has groups; progress(step, steps)."""

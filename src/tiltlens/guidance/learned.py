@@ -1,0 +1,248 @@
+"""Learned guidance: the calibrated twist, its multipliers, memory and a head on the denoiser's features learned on the pilot.
+
+Nothing is tuned by hand: some of the pilot's trajectories are run again and the shifts that several candidates would
+make are held against the noise of each step (`tiltlens.guidance.learning`), without being applied; a linear head on the
+denoiser's features corrects what the clean estimate misreads (`tiltlens.guidance.heads`). All of it is frozen before
+the run and shared by all strengths and energies; any shift that is fixed before a step's noise is keeps the weights exact.
+
+The strength keeps the meaning that the tilt gives it: multipliers minimise the gap at that strength, so that the shift of
+the mean activation is s Var a, the tilt's own, as far as the candidates reach it, and not more nats are spent where they do not.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tiltlens.constraint import RowConstraint
+from tiltlens.denoiser import Denoiser
+from tiltlens.guidance.calibrated import Calibrated, Memory, _views
+from tiltlens.guidance.guidance import (
+    Guidance,
+    PilotTables,
+    Step,
+    clean_and_features,
+    clean_estimate,
+    per_row,
+    redrawn,
+)
+from tiltlens.guidance.learning import BLOCKS, Found, Multipliers, hats
+
+LEAST_PILOT = 32
+TIMES = (0.0, 2.0, 6.0)  # time constants, in log-SNR, of the memories that may be blended
+KINDS = ("default", "multipliers", "head")
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the pilot taught of one unit; tensors alone, float64. theta (knots, C), knots (knots,), kappa (blocks,), found
+    (kinds, 4): see `tiltlens.guidance.learning`, NaN where there is no head; kind (): which was taken. weight (steps, F), offset, gain
+    (steps,): of the head, zero where it is not used. trajectories (2,): of the pilot, and those among them that were run again."""
+
+    theta: Tensor
+    knots: Tensor
+    kappa: Tensor
+    found: Tensor
+    kind: Tensor
+    weight: Tensor
+    offset: Tensor
+    gain: Tensor
+    trajectories: Tensor
+
+    @classmethod
+    def of(cls, m: Multipliers, weight: Tensor, offset: Tensor, gain: Tensor, pilot: int, shadows: int) -> "Lesson":  # fmt: skip
+        used = 1.0 if m.kind == "head" else 0.0
+        nothing = Found(*[float("nan")] * 4)
+        found = torch.tensor([m.found.get(k, nothing) for k in KINDS], dtype=torch.float64)
+        kind, count = torch.tensor(KINDS.index(m.kind)), torch.tensor([pilot, shadows])
+        return cls(m.theta, m.knots, m.kappa, found, kind, used * weight, used * offset, used * gain, count)
+
+    @classmethod
+    def default(cls, steps: int, columns: int) -> "Lesson":
+        """That of Calibrated."""
+        zero = torch.zeros(steps, dtype=torch.float64)
+        theta = torch.zeros(1, columns, dtype=torch.float64)
+        theta[:, 0] = 1.0
+        found = torch.full((len(KINDS), 4), float("nan"), dtype=torch.float64)
+        nothing = torch.zeros(len(BLOCKS), dtype=torch.float64), found, torch.tensor(0)
+        return cls(
+            theta, zero[:1], *nothing, torch.zeros(steps, 0).double(), zero, zero, torch.tensor([0, 0])
+        )
+
+    def save(self, path: Path) -> None:
+        temporary = path.with_suffix(".tmp")
+        save_file({f.name: getattr(self, f.name).contiguous() for f in fields(self)}, temporary)
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Lesson":
+        return cls(**load_file(path))
+
+    def plain(self) -> dict:
+        """For the manifest. Efficiency and gap are those of linear response, each (value, standard error); the gap as a
+        share of the tilt's own s^2 Var a / 2."""
+        kind, found = KINDS[int(self.kind)], dict(zip(KINDS, self.found.tolist()))
+        out = {"learned": kind, "pilot": int(self.trajectories[0]), "shadows": int(self.trajectories[1])}
+        for when, name in (("before", "default"), ("after", kind)):
+            numbers = found[name] if int(self.trajectories[1]) else [None] * 4
+            out |= {f"efficiency_{when}": numbers[:2], f"gap_{when}": numbers[2:]}
+        out["kappa"] = dict(zip(BLOCKS, self.kappa.tolist()))
+        return out | {
+            "theta": self.theta.tolist(), "knots": self.knots.tolist(),
+            "headed_steps": int((self.gain > 0).sum()), "head_gain": float(self.gain.max()) if len(self.gain) else 0.0,
+        }  # fmt: skip
+
+
+class Learned(Calibrated):
+    """`Calibrated`, learned on the pilot. memory, smoothing, redraws: of the default that learning starts from, and keeps
+    where the pilot cannot tell better. shadows: pilot trajectories that are run again; more than there are means all.
+    head: learn the head on the denoiser's features too. Needs a pilot of at least 32 trajectories and noise (eta > 0).
+
+    Candidates: the default, then the same gradient with the time constants 0 (the step alone), 2 and 6 of memory, and
+    with redraws the gradient without them.
+    """
+
+    learns = True
+
+    def __init__(
+        self, memory: float = 2.0, smoothing: int = 2, redraws: int = 0, shadows: int = 128, head: bool = True,
+        profile: Any = None,
+    ):  # fmt: skip
+        super().__init__(memory, smoothing, redraws, profile)
+        if shadows < LEAST_PILOT:
+            raise ValueError(f"Learned: shadows must be at least {LEAST_PILOT}, found {shadows}")
+        self.shadows, self.head = shadows, head
+        self._lessons: list[Lesson] = []
+
+    @property
+    def reads_features(self) -> bool:
+        return self.head
+
+    @property
+    def candidates(self) -> list[tuple[int, float]]:
+        """(which of `sources`, time constant) of each column but the head's; the default first."""
+        own = [(1, self.memory)] if self.redraws else []
+        return [(0, self.memory), *((0, t) for t in TIMES if t != self.memory), *own]
+
+    def check(self, pilot: int, eta: float) -> None:
+        super().check(pilot, eta)
+        if pilot < LEAST_PILOT:
+            raise ValueError(
+                f"Learned guidance needs a pilot of at least {LEAST_PILOT} trajectories to learn from, found {pilot}: set "
+                f"model.pilot >= {LEAST_PILOT} (256 tell more), or take Calibrated"
+            )
+        if eta == 0:
+            raise ValueError(
+                "Learned guidance holds shifts against the noise of each step, and at eta = 0 there is none: expected eta > 0, "
+                "found 0. Set model.eta above 0, or take Calibrated"
+            )
+
+    def prepare(self, pilot: PilotTables | None, prior: Any, constraint: Any) -> None:
+        super().prepare(pilot, prior, constraint)
+        units, steps = pilot.slope.shape
+        self.adopt([Lesson.default(steps, len(self.candidates) + 1)] * units)
+
+    def adopt(self, lessons: Sequence[Lesson]) -> None:
+        """Freeze what was learned, unit by unit."""
+        self._lessons, log_snr = list(lessons), self._tables.log_snr
+        self._multipliers = torch.stack(
+            [hats(log_snr, s.knots) @ s.theta for s in lessons]
+        )  # (units, steps, C)
+        width = max(s.weight.shape[1] for s in lessons)
+        pad = lambda s: torch.nn.functional.pad(s.weight, (0, width - s.weight.shape[1]))  # noqa: E731
+        self._weight = torch.stack([pad(s) for s in lessons])
+        self._offset = torch.stack([s.offset for s in lessons])
+        self._residual = self._tables.residual_variance * (1 - torch.stack([s.gain for s in lessons]))
+
+    def outcome(self) -> list[dict]:
+        return [s.plain() for s in self._lessons]
+
+    def start(self, x_t: Tensor) -> Memory:
+        """h (B, candidates, *shape), weight (B, candidates)."""
+        shape = len(x_t), len(self.candidates)
+        return Memory(x_t.new_zeros(*shape, *x_t.shape[1:]), x_t.new_zeros(shape))
+
+    def reads(self, step: Step, rows: RowConstraint) -> Tensor:
+        seen = (self._row(self._tables.slope, step, rows) != 0) | self._headed(step, rows)
+        return Guidance.reads(self, step, rows) & seen
+
+    def _headed(self, step: Step, rows: RowConstraint) -> Tensor:
+        """(B,) bool."""
+        which = rows.which.cpu()
+        return (self._weight[which, step.number] != 0).any(1).to(rows.strength.device)
+
+    def twist(self, denoiser: Denoiser, x_t: Tensor, step: Step, rows: RowConstraint, memory: Memory):
+        leaf, headed = x_t.detach().clone().requires_grad_(), bool(self._headed(step, rows).any())
+        slope, mean, variance = (
+            self._row(table, step, rows)
+            for table in (self._tables.slope, self._tables.intercept, self._residual)
+        )
+        if headed:
+            x0_hat, phi = clean_and_features(denoiser, leaf, step.t, step.clip)
+            weight = self._row(self._weight, step, rows).to(phi)
+            mean = mean + self._row(self._offset, step, rows) + (weight * phi.detach()).sum(1).to(mean)
+        else:
+            x0_hat = clean_estimate(denoiser, leaf, step.t, step.clip)
+        clean, step = self.leaf(denoiser, x_t, x0_hat, step)
+        read = bool((slope != 0).any())  # where a head alone can tell, the encoder need not run
+        u = self.read(clean, step, rows) if read else torch.zeros_like(slope)
+        mean = (mean + slope * u.detach()).detach().requires_grad_()
+        log_psi = rows.log_tilt(mean, variance)
+        (force,) = torch.autograd.grad(log_psi.sum(), mean)
+        shares = self._row(self._multipliers, step, rows)
+        cotangent = torch.zeros_like(clean)
+        if read:
+            averages, memory = self.average(self.sources(clean, u, force, step, rows), slope, step, memory)
+            for k, h in enumerate(averages):
+                cotangent = cotangent + per_row(slope * shares[:, k], h) * h
+        outputs, pulled = [x0_hat], [cotangent.to(x0_hat.dtype)]
+        if headed:
+            outputs.append(phi)
+            pulled.append(per_row(force * shares[:, -1], weight) * weight)
+        (g,) = torch.autograd.grad(outputs, leaf, pulled)
+        return x0_hat, g, log_psi, memory
+
+    def leaf(self, denoiser: Denoiser, x_t: Tensor, x0_hat: Tensor, step: Step) -> tuple[Tensor, Step]:
+        """x0_hat as a leaf, and the step with its redraws."""
+        found = x0_hat.detach()
+        redraw = lambda k, kappa: redrawn(denoiser, x_t.detach(), found, step, k, kappa)  # noqa: E731
+        return found.clone().requires_grad_(), replace(step, redraw=redraw)
+
+    def read(self, clean: Tensor, step: Step, rows: RowConstraint) -> Tensor:
+        """u (B,), the mean over views."""
+        views = _views(rows.decode(clean), self.smoothing, step.number)
+        return rows.argument(rows.read(views)).reshape(-1, len(clean)).mean(0)
+
+    def sources(
+        self, clean: Tensor, u: Tensor, force: Tensor, step: Step, rows: RowConstraint
+    ) -> list[Tensor]:
+        """The gradients d(force u)/d x0_hat that memories are fed with, (B, *shape) each: with redraws averaged over them,
+        then that of the estimate alone, which without redraws is the only one."""
+        (own,) = torch.autograd.grad((force * u).sum(), clean)
+        if not self.redraws:
+            return [own]
+        return [(own + self.redraws * self._redrawn(force, step, rows)) / (1 + self.redraws), own]
+
+    def average(
+        self, sources: list[Tensor], slope: Tensor, step: Step, memory: Memory
+    ) -> tuple[list[Tensor], Memory]:
+        """The running average of each candidate (B, *shape), and the memory; it begins with the first slope that is not
+        about zero."""
+        averages, kept = [], []
+        for k, (source, time) in enumerate(self.candidates):
+            b = self._keep(step.number, time)
+            old, h = memory.h[:, k], sources[source]
+            weight = torch.where(slope != 0, b * memory.weight[:, k] + (1 - b), memory.weight[:, k])
+            h = torch.where(per_row(slope, h) != 0, b * old + (1 - b) * h, old)
+            averages.append(h / per_row(weight.clamp_min(1e-12), h))
+            kept.append((h, weight))
+        h, weight = (torch.stack(x, 1) for x in zip(*kept))
+        return averages, Memory(h, weight)
+
+    def _keep(self, number: int, time: float) -> float:
+        return math.exp(-self._gap(number) / time) if time > 0 else 0.0
