@@ -19,6 +19,7 @@ from tiltlens.modules.command_line import run
 from tiltlens.modules.sampling_cli import main
 from tiltlens.priors import GaussianMixture, load_prior
 from tiltlens.run_folder import RunFolder
+from tiltlens.sampling import Particles
 from tiltlens.sampling import sampler as sampler_room
 from tiltlens.sampling.noise import Noise
 from tiltlens.sampling.pilot import UnitPilot
@@ -483,3 +484,16 @@ def test_a_run_that_cannot_learn_ends_with_status_2(tmp_path, capsys, change, wo
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_particles_carry_its_memories():
+    """Memory of every candidate goes with its particle: E[Z^] = Z over 150 groups of 8, resampled at every step."""
+    s, prior = 1.0, GaussianMixture(*PLANE)
+    bank = UnitBank([Projection(W)])
+    made = Sampler(prior, bank, Target(1.5, 0.7, False), Learned(shadows=32), 12, method=Particles(8, 1.0))
+    made.calibrate(made.run_pilot(64, 64))
+    found = made.sample([Row(0, s, seed) for seed in range(1200)])
+    z = found.log_w.exp().reshape(-1, 8).mean(1)
+    value, se = mean_se(z / float(prior.log_z(W, s, Target(1.5, 0.7, False), 1.5).exp()))
+    assert abs(value - 1) < 4 * se, f"mean Z^ {value:.3f} +- {se:.3f} Z"
+    assert se < 0.1
