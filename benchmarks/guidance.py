@@ -44,7 +44,6 @@ GUIDANCES = {
     "Calibrated": lambda: Calibrated(memory=0, smoothing=1),
     "Calibrated, memory": lambda: Calibrated(smoothing=1),
     "Calibrated, memory, 4 views": lambda: Calibrated(smoothing=4),
-    "Calibrated, memory, 4 redraws": lambda: Calibrated(smoothing=1, redraws=4),
 }
 OURS, THEIRS, GOAL = "Calibrated, memory", "DPS", 2.0
 UNITS = [  # a class, and two channels: one of the patches, one of the cls token
