@@ -185,9 +185,9 @@ def judge(runs: list[list[tuple[dict, list[str]]]], k: int, truth: dict[str, flo
     return out
 
 
-def tell(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\x1b[K{text}", end="\r", file=sys.stderr, flush=True)
+def tell(text: str, end: str = "\r") -> None:
+    if end == "\n" or sys.stderr.isatty():
+        print(f"\x1b[K{text}" if sys.stderr.isatty() else text, end=end, file=sys.stderr, flush=True)
 
 
 def show(figures: list[dict], runs: int) -> None:
@@ -228,6 +228,15 @@ def verdict(figures: list[dict]) -> bool:
     return good
 
 
+def keep(asked: argparse.Namespace, figures: list[dict]) -> None:
+    """What is known so far: a run takes long."""
+    if asked.out:
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
+        asked.out.write_text(
+            json.dumps({"runs": asked.runs, "samples": asked.samples, "rows": figures}, indent=1) + "\n"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -261,7 +270,11 @@ def main() -> None:
                     figures.append(
                         {"dimension": dimension, "method": method, "nats": nats, "strength": s, **counts}
                     )
-                tell(f"dimension {dimension}, {method}: estimated, {time.perf_counter() - start:.0f} s")
+                tell(
+                    f"dimension {dimension}, {method}: estimated, {time.perf_counter() - start:.0f} s",
+                    end="\n",
+                )
+                keep(asked, figures)
     print(f"{asked.runs} runs of {asked.samples} rows a strength, {asked.steps} steps; {(time.perf_counter() - start) / 60:.1f} minutes"
           + (" (--quick: the figures mean nothing)" if asked.quick else "") + "\n")  # fmt: skip
     show(figures, asked.runs)

@@ -76,7 +76,7 @@ class Calibrated(Guidance):
         intercept = self._row(self._tables.intercept, step, rows)
         variance = self._row(self._tables.residual_variance, step, rows)
         images = rows.decode(clean)
-        views = _views(images, self.smoothing, step.number)
+        views = views_of(images, self.smoothing, step.number)
         u = rows.argument(rows.read(views)).reshape(-1, len(clean)).mean(0)
         mean = intercept + slope * u.detach()
         mean.requires_grad_()
@@ -116,7 +116,7 @@ class Calibrated(Guidance):
         )
 
 
-def _views(images: Tensor, count: int, number: int) -> Tensor:
+def views_of(images: Tensor, count: int, number: int) -> Tensor:
     """(count B, ...): `count` views of every image, taken in turn from step to step, so that memory averages over all."""
     if images.ndim != 4 or count == 1:
         return images

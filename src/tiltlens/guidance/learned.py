@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tiltlens.constraint import RowConstraint
 from tiltlens.denoiser import Denoiser
-from tiltlens.guidance.calibrated import Calibrated, Memory, _views
+from tiltlens.guidance.calibrated import Calibrated, Memory, views_of
 from tiltlens.guidance.guidance import (
     Guidance,
     PilotTables,
@@ -215,7 +215,7 @@ class Learned(Calibrated):
 
     def read(self, clean: Tensor, step: Step, rows: RowConstraint) -> Tensor:
         """u (B,), the mean over views."""
-        views = _views(rows.decode(clean), self.smoothing, step.number)
+        views = views_of(rows.decode(clean), self.smoothing, step.number)
         return rows.argument(rows.read(views)).reshape(-1, len(clean)).mean(0)
 
     def sources(

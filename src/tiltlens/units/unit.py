@@ -121,9 +121,8 @@ class Projection(Unit):
             raise ValueError(
                 f"{self.name}: the direction has {len(self.direction)} entries, x has {x.shape[1]}"
             )
-        return (x * x.new_tensor(self.direction)).sum(
-            1
-        )  # a product of matrices rounds by the size of the batch
+        # Not as a product of matrices: that rounds by the size of the batch.
+        return (x * x.new_tensor(self.direction)).sum(1)
 
 
 def _precise(x: Tensor) -> Tensor:
