@@ -11,7 +11,7 @@ import torch
 from tiltlens.schedule import step_indices
 from tiltlens.units import Unit
 
-PACKAGES = ("tiltlens", "torch", "torchvision", "lightning", "diffusers", "timm", "wandb", "numpy", "pymbar")
+PACKAGES = ("tiltlens", "torch", "torchvision", "lightning", "diffusers", "timm", "wandb", "numpy", "scipy")
 
 
 def provenance(module: Any) -> dict[str, Any]:
