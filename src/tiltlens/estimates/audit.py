@@ -18,6 +18,7 @@ from tiltlens.estimates.sweep import SIGNIFICANT, Node, Sweep
 
 COLLAPSED = "no run has importance weights for it that are healthy"
 REMEDY = " More samples, strengths in between, or particles would help."
+MORE_GROUPS = " More groups, more particles in each, or strengths in between would help."
 QUADRATURE = 0.1  # of KL: an integral this uncertain, and more than its standard error, is withheld
 
 
@@ -45,6 +46,7 @@ def audit(
         if nodes[k].method == nodes[k - 1].method == "thermodynamic":
             quadrature[k] += quadrature[k - 1]
     warnings, last = [], 0.0
+    remedy = MORE_GROUPS if any(run.groups is not None for run in samples) else REMEDY
     for k, node in enumerate(nodes):
         at = f"strength {node.strength:g}:"
         reason = COLLAPSED
@@ -66,7 +68,7 @@ def audit(
             warnings.append(
                 f"{at} no kl, only bounds: {reason}; KL(q_s||p) is at least {last:.3g} nats, the most at a "
                 f"smaller strength{'' if np.isfinite(value.log_z[k]) else '; no log_z and no gap either'}."
-                f"{REMEDY if reason == COLLAPSED else ''}"
+                f"{remedy if reason == COLLAPSED else ''}"
             )
             continue
         last = max(last, float(value.kl[k]))

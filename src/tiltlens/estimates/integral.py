@@ -57,7 +57,7 @@ def shortfalls(nodes: list[Node], samples: list[Samples], pool: Pool | None) -> 
     """
     out = np.ones((3, len(nodes)))
     for k, node in enumerate(nodes):
-        sources = ((node.log_z, LOG_Z_SHORT), (node.source, KL_SHORT), (node.source, LOG_Z_SHORT))
+        sources = ((node.log_z, LOG_Z_SHORT), (node.source, KL_SHORT), (node.source, KL_SHORT))
         for row, (source, spread) in enumerate(sources):
             if source == MBAR:
                 out[row, k] += spread / mbar.effective_seeds(pool, node.strength, samples)
