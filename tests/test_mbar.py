@@ -8,7 +8,7 @@ from test_estimates_oracle import CONTROLS, V, pilot_of, table_of
 
 from tiltlens.estimates import estimate_curve, mbar, pool
 from tiltlens.estimates.bootstrap import replicate, small_sample, standard_errors
-from tiltlens.estimates.importance import KL_ROOT, relative_variance, tilt
+from tiltlens.estimates.importance import KL_ROOT, lineages, relative_variance, tilt
 from tiltlens.estimates.pool import pool_draws
 from tiltlens.estimates.samples import Samples
 from tiltlens.estimates.table import read_groups
@@ -256,6 +256,23 @@ def test_groups_and_not_rows_are_what_is_independent():
     one = estimate_curve("u", particle_table(rng, 1, 64))[0][0]
     assert one["activation_mean"] is not None
     assert one["activation_se"] is one["kl"] is None
+
+
+def test_particles_of_few_beginnings_give_no_number_however_well_groups_agree():
+    """8 groups of 32, weights level, Zhat alike: 256 beginnings carry a number; 2 a group, 16 in all, do not (floor 40)."""
+    table = particle_table(np.random.default_rng(15), 8, 32, noise=0.05)
+    group, slot = table["group"], table["seed"] % 32
+    for ancestor, given in ((group + slot, True), (group + slot % 16, True), (group + slot % 2, False)):
+        row, warnings = (
+            x[0] if i == 0 else x for i, x in enumerate(estimate_curve("u", {**table, "ancestor": ancestor}))
+        )
+        assert (row["kl"] is not None) == (row["log_z"] is not None) == given, (
+            f"{len(set(ancestor))} beginnings: {row}"
+        )
+        assert given or any("More groups" in w for w in warnings), warnings
+    level = np.zeros(256)
+    assert lineages(level, group + slot % 2) == pytest.approx(16)
+    assert lineages(level, None) == np.inf
 
 
 def test_groups_of_one_particle_are_weighted_samples():

@@ -367,6 +367,7 @@ WHAT = (
     "path_kl",
     "weight",
     "copies",
+    "ancestor",
     "ess",
     "ancestors",
     "energy",
@@ -413,6 +414,8 @@ def test_a_group_is_the_same_to_the_bit_in_any_company(name, tiny_unet):
         same(together, slice(k * size, (k + 1) * size), alone)
         same(backwards, slice((len(groups) - 1 - k) * size, (len(groups) - k) * size), alone)
         assert alone.copies.sum() == size
+        assert {r.seed for r in group} >= set(alone.ancestor.tolist())
+        assert len(set(alone.ancestor.tolist())) == alone.ancestors[0, -1]
         assert alone.group.tolist() == [group[0].seed] * size
         assert float(alone.weight.sum()) == pytest.approx(1)
 
