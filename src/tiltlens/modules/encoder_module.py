@@ -35,8 +35,9 @@ class EncoderModule(LightningModule):
 
     optimizer: a name of timm.optim (adamw; muon: orthogonalised momentum for matrices, AdamW for the rest).
     learning_rate: the peak; warm-up over the share `warmup` of all steps, then a cosine to 0. degraded: the
-    share of images drawn for `degrade`. Raises UserError for an unknown architecture or
-    arguments that it refuses.
+    share of images drawn for `degrade`. fused_attention: False where the fused kernel is the slow one: the
+    CPU's backward in bf16 takes four times as long as the plain products. compile: torch.compile of training's
+    forward and backward. Raises UserError for an unknown architecture or arguments that it refuses.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class EncoderModule(LightningModule):
         warmup: float = 0.05,
         label_smoothing: float = 0.1,
         degraded: float = 0.4,
+        fused_attention: bool = True,
+        compile: bool = False,
     ):
         super().__init__()
         self.model_args, self.num_classes = dict(model_args or {}), num_classes
@@ -59,6 +62,13 @@ class EncoderModule(LightningModule):
             raise UserError(
                 f"timm cannot build {architecture!r} with model_args {self.model_args}: {error}"
             ) from error
+        for part in self.network.modules():
+            if hasattr(part, "fused_attn"):
+                part.fused_attn = fused_attention and part.fused_attn
+        # The function, not the module: the names of the weights stay timm's.
+        self.features = (
+            torch.compile(self.network.forward_features) if compile else self.network.forward_features
+        )
         self.optimizer, self.learning_rate, self.weight_decay = optimizer, learning_rate, weight_decay
         self.warmup, self.label_smoothing, self.degraded = warmup, label_smoothing, degraded
 
@@ -75,7 +85,8 @@ class EncoderModule(LightningModule):
     def readouts(self, images: Tensor) -> list[Tensor]:
         """Logits (B, num_classes) of the network and, where its pooling leaves it out, of the cls token."""
         network = self.network
-        features = network.forward_features(images)
+        # Validation's last batch may be short: compiling again for it would cost more than it saves.
+        features = self.features(images) if self.training else network.forward_features(images)
         logits = [network.forward_head(features)]
         if getattr(network, "num_prefix_tokens", 0) and getattr(network, "global_pool", "") == "avg":
             logits.append(network.head(network.fc_norm(features[:, 0])))
