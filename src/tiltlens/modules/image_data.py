@@ -18,8 +18,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from tiltlens.errors import UserError
+from tiltlens.modules.image_sources import ImageSource, open_source
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 Batch = dict[str, Tensor | int]
 
 
@@ -27,7 +27,7 @@ class ImageFolderData(LightningDataModule):
     """Batches {image (B, 3, size, size) in [-1, 1], label (B,), seed: an integer, the batch's randomness}.
 
     train, val: folders of images, nested at will; the first folder below the root is the class (label -1
-    where images lie in the root itself). size: pixels of a side; images are scaled by their shorter side and
+    where images lie in the root itself). Or another source, named as in `image_sources`: FakeData, CIFAR10. size: pixels of a side; images are scaled by their shorter side and
     cropped at the centre. val_n: so many held-out images, drawn once by `seed`; None for all. cache: a folder
     for decoded images, by default $XDG_CACHE_HOME/tiltlens. The sets must fit in memory: 3 size^2 bytes an
     image. Raises UserError for a missing or empty folder and for classes that differ between train and val.
@@ -35,8 +35,8 @@ class ImageFolderData(LightningDataModule):
 
     def __init__(
         self,
-        train: Path = Path("data/cifar10/train"),
-        val: Path = Path("data/cifar10/test"),
+        train: str = "data/cifar10/train",
+        val: str = "data/cifar10/test",
         size: int = 32,
         batch_size: int = 64,
         seed: int = 0,
@@ -44,7 +44,7 @@ class ImageFolderData(LightningDataModule):
         cache: Path | None = None,
     ):
         super().__init__()
-        self.train, self.val = Path(train), Path(val)
+        self.train, self.val = str(train), str(val)
         self.size, self.batch_size, self.seed, self.val_n = size, batch_size, seed, val_n
         base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         self.cache = Path(cache) if cache else base / "tiltlens"
@@ -60,7 +60,7 @@ class ImageFolderData(LightningDataModule):
                 f"{self.batch_size}: lower data.batch_size or add images"
             )
         self.train_set = images, labels
-        images, labels, names = read_images(self.val, self.size, self.cache)
+        images, labels, names = read_images(self.val, self.size, self.cache, held_out=True)
         if names != self.class_names:
             raise UserError(
                 f"data.val {self.val} has classes {names}; expected those of data.train, {self.class_names}"
@@ -138,45 +138,33 @@ def to_unit_range(images: Tensor) -> Tensor:
     return images.float().div_(127.5).sub_(1)
 
 
-def read_images(root: Path, size: int, cache: Path) -> tuple[Tensor, Tensor, list[str]]:
-    """Every image below root, sorted by path: images (N, 3, size, size) uint8, labels (N,), class names.
+def read_images(
+    source: str | Path, size: int, cache: Path, held_out: bool = False
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Every image of a source (`image_sources`): images (N, 3, size, size) uint8, labels (N,), class names.
 
     The decoded set is kept in `cache` under a name that changes with any file's path, length or date.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(
-            f"no image folder at {root}: expected FOLDER/CLASS/*.jpg or FOLDER/*.png; set data.train and "
-            "data.val"
-        )
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not files:
-        raise UserError(f"no images below {root}: expected files ending in {', '.join(sorted(SUFFIXES))}")
-    parts = [p.relative_to(root).parts for p in files]
-    names = sorted({p[0] for p in parts if len(p) > 1})
-    labels = torch.tensor([names.index(p[0]) if len(p) > 1 else -1 for p in parts])
-    digest = hashlib.sha256(f"{size} {root.resolve()}".encode())
-    for path in files:
-        stat = path.stat()
-        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    cached = cache / f"images-{digest.hexdigest()[:24]}.safetensors"
+    found = open_source(str(source), held_out, size, cache)
+    digest = hashlib.sha256(f"2 {size} {found.fingerprint}".encode()).hexdigest()
+    cached = cache / f"images-{digest[:24]}.safetensors"
     if cached.is_file():
-        return safetensors.torch.load_file(cached)["images"], labels, names
-    images = torch.stack([decode(path, size) for path in files])
+        return safetensors.torch.load_file(cached)["images"], found.labels, found.class_names
+    images = torch.stack([decode(found, i, size) for i in range(len(found))])
     cache.mkdir(parents=True, exist_ok=True)
     part = cached.with_suffix(f".{os.getpid()}.part")
     safetensors.torch.save_file({"images": images}, part)
     part.replace(cached)  # two runs may decode at once: the name appears only when the file is whole
-    return images, labels, names
+    return images, found.labels, found.class_names
 
 
-def decode(path: Path, size: int) -> Tensor:
-    """One file -> (3, size, size) uint8; raises UserError where it cannot be read."""
+def decode(source: ImageSource, i: int, size: int) -> Tensor:
+    """One image -> (3, size, size) uint8; raises UserError where it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with source.open(i) as image:
             image = image.convert("RGB")
             if image.size != (size, size):
                 image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     except OSError as error:
-        raise UserError(f"cannot read the image {path}: {error}") from error
+        raise UserError(f"cannot read the image {source.name(i)}: {error}") from error

@@ -1,0 +1,178 @@
+"""Where images come from: one name for each kind of source.
+
+    DIR                                   a folder, nested at will: DIR/CLASS/**/*.jpg (png, webp, bmp)
+    CIFAR10, FakeData, ...                a data set of torchvision.datasets, where no folder has that name
+    torchvision:CIFAR10?root=DIR          the same, with arguments of its class; nothing is fetched unless
+                                          download=true is among them
+    tar:DIR/part-{000..010}.tar           WebDataset shards on disk: KEY.jpg with KEY.cls or KEY.json
+    hf:NAME?split=train                   a Hugging Face data set, from the local cache unless download=true
+
+Every source is a table with random access: `len`, `labels`, `class_names`, `name(i)` and `open(i)`. That is
+why one batch is a function of its number alone, however large the set: nothing is read in order.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import parse_qsl
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import datasets
+
+from tiltlens.errors import UserError
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+FAKE_SIZE = 512  # images of FakeData where its size is not given: enough for a smoke run
+
+
+class ImageSource(Protocol):
+    """labels: (N,) int64, -1 where there is none. class_names: of the labels 0, 1, ..., where known.
+
+    fingerprint: changes with what the source holds.
+    """
+
+    labels: Tensor
+    class_names: list[str]
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+    def name(self, i: int) -> str: ...
+    def open(self, i: int) -> Image.Image: ...
+
+
+def open_source(text: str, held_out: bool, size: int, cache: Path) -> ImageSource:
+    """The source that `text` names (see the module). held_out: its test part, where it has one.
+
+    size: pixels of a side, for sources that make images up. cache: where torchvision's sets lie by default.
+    Raises UserError for an unknown kind, name or argument, and for a source that is not there.
+    """
+    kind, _, rest = text.partition(":")
+    kinds: dict[str, Callable[[], ImageSource]] = {
+        "torchvision": lambda: TorchvisionSource(rest, held_out, size, cache / "torchvision"),
+    }
+    if kind in kinds and rest:
+        return kinds[kind]()
+    if not Path(text).is_dir() and text.partition("?")[0] in torchvision_names():
+        return TorchvisionSource(text, held_out, size, cache / "torchvision")
+    return FolderSource(Path(text))
+
+
+class FolderSource:
+    """Every image below root, sorted by path; the first folder below the root is the class."""
+
+    def __init__(self, root: Path):
+        if not root.is_dir():
+            raise UserError(
+                f"no image folder at {root}: expected FOLDER/CLASS/*.jpg or FOLDER/*.png, a name of "
+                "torchvision.datasets such as CIFAR10, tar:SHARDS or hf:NAME; set data.train and data.val"
+            )
+        self.root = root
+        self.files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not self.files:
+            found = sorted({p.suffix.lower() or "no suffix" for p in root.rglob("*") if p.is_file()})
+            raise UserError(
+                f"no images below {root}: expected files ending in {', '.join(SUFFIXES)}; found "
+                f"{', '.join(found[:8]) or 'no file at all'}"
+            )
+        parts = [p.relative_to(root).parts for p in self.files]
+        self.class_names = sorted({p[0] for p in parts if len(p) > 1})
+        number = {name: k for k, name in enumerate(self.class_names)}
+        self.labels = torch.tensor([number[p[0]] if len(p) > 1 else -1 for p in parts])
+        digest = hashlib.sha256(str(root.resolve()).encode())
+        for path in self.files:
+            stat = path.stat()
+            digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, i: int) -> str:
+        return self.files[i].relative_to(self.root).as_posix()
+
+    def open(self, i: int) -> Image.Image:
+        return Image.open(self.files[i])
+
+
+class TorchvisionSource:
+    """A class of torchvision.datasets, NAME?argument=value&..., whose items are (image, class)."""
+
+    def __init__(self, text: str, held_out: bool, size: int, root: Path):
+        name, given = split_arguments(text)
+        if name not in torchvision_names():
+            raise UserError(
+                f"torchvision.datasets has no {name!r}: known are {', '.join(torchvision_names())}"
+            )
+        maker = getattr(datasets, name)
+        known = inspect.signature(maker).parameters
+        if wrong := set(given) - set(known):
+            raise UserError(
+                f"torchvision's {name} has no {', '.join(sorted(wrong))}: it has {', '.join(known)}"
+            )
+        if "root" in known:
+            given.setdefault("root", str(root))
+        if name == "FakeData":
+            given = {"size": FAKE_SIZE, "image_size": (3, size, size), **given}
+            # image i is drawn from the seed i + random_offset: held-out images must be others
+            given.setdefault("random_offset", given["size"] if held_out else 0)
+        part = part_arguments(known, given, held_out)
+        try:
+            self.data = maker(**given, **part)
+        except (RuntimeError, FileNotFoundError) as error:
+            way = f"{name}?root=DIR where it lies, or {name}?download=true to fetch it"
+            raise UserError(
+                f"torchvision's {name} is not below {given.get('root')} ({error}): {way}"
+            ) from error
+        except (TypeError, ValueError) as error:
+            raise UserError(f"torchvision's {name} refuses {given | part}: {error}") from error
+        self.text, self.fingerprint = name, f"torchvision {name} {given | part} {len(self.data)}"
+        labels = getattr(self.data, "targets", None)
+        if labels is None:
+            labels = getattr(self.data, "_labels", None)
+        if labels is None:
+            labels = [self._class(self.data[i][1]) for i in range(len(self.data))]
+        self.labels = torch.as_tensor(labels).long()
+        known_names = getattr(self.data, "classes", None)
+        count = int(self.labels.max()) + 1
+        if name == "FakeData":
+            count = self.data.num_classes
+        self.class_names = [str(c) for c in known_names or range(count)]
+
+    def _class(self, target: Any) -> int:
+        return (
+            int(target) if isinstance(target, int) or (torch.is_tensor(target) and target.ndim == 0) else -1
+        )
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def name(self, i: int) -> str:
+        return f"{self.text}[{i}]"
+
+    def open(self, i: int) -> Image.Image:
+        return self.data[i][0]
+
+
+def part_arguments(known: Any, given: dict[str, Any], held_out: bool) -> dict[str, Any]:
+    """train= or split= of a torchvision class for its training or held-out part, where it has one."""
+    if "train" in known and "train" not in given:
+        return {"train": not held_out}
+    if "split" in known and "split" not in given and known["split"].default in ("train", "trainval"):
+        return {"split": "test" if held_out else "train"}
+    return {}
+
+
+def torchvision_names() -> list[str]:
+    return [name for name in datasets.__all__ if inspect.isclass(getattr(datasets, name))]
+
+
+def split_arguments(text: str) -> tuple[str, dict[str, Any]]:
+    """ "NAME?a=1&b=true" -> ("NAME", {"a": 1, "b": True})."""
+    name, _, query = text.partition("?")
+    words = {"true": True, "false": False}
+    pairs = parse_qsl(query, keep_blank_values=True)
+    return name, {k: words.get(v.lower(), int(v) if v.lstrip("-").isdigit() else v) for k, v in pairs}
