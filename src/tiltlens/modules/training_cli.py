@@ -3,23 +3,37 @@
 OUT/config.yaml             what was asked, complete
 OUT/checkpoints/last.ckpt   every five minutes and at the end of each epoch; resume with --ckpt_path last
 OUT/logs/version_N/         metrics.csv, one version a start
+OUT/wandb                   the same for W&B, offline unless --trainer.logger.offline false; --trainer.logger false for none
 OUT/prior or OUT/encoder    the trained network with averaged weights, as the field's libraries read it
+OUT/sae                     a sparse autoencoder, as a unit's address reads it
 """
 
+import math
 import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
+import wandb
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
+from tiltlens.errors import UserError
+from tiltlens.modules.checkpoints import CheckResumed, StepCheckpoint, WholeCheckpointIO
 from tiltlens.modules.command_line import CommandLine, check_devices
 from tiltlens.modules.encoder_module import EncoderModule
 from tiltlens.modules.image_data import ImageFolderData
 from tiltlens.modules.prior_module import PriorModule
+from tiltlens.modules.sae_module import SparseAutoencoderModule
+from tiltlens.modules.step_monitor import StepMonitor
+from tiltlens.modules.wandb_curve import place_wandb
+
+LOGGER = {
+    "class_path": "lightning.pytorch.loggers.WandbLogger",
+    "init_args": {"project": "tiltlens", "offline": True},
+}
+SHARDED = ("fsdp", "model_parallel", "deepspeed")
 
 
 class SaveAsked(SaveConfigCallback):
@@ -34,7 +48,7 @@ class SaveAsked(SaveConfigCallback):
 class TrainingCLI(CommandLine):
     """fit and validate for every module here."""
 
-    modules: ClassVar = {"model": (PriorModule, EncoderModule)}
+    modules: ClassVar = {"model": (PriorModule, EncoderModule, SparseAutoencoderModule)}
 
     def __init__(self, args: list[str] | None = None):
         quiet = {"exit_on_error": False}
@@ -45,6 +59,7 @@ class TrainingCLI(CommandLine):
             save_config_callback=SaveAsked,
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
+            trainer_defaults={"logger": LOGGER},
             parser_kwargs={**quiet, **{name: dict(quiet) for name in self.subcommands()}},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -56,21 +71,34 @@ class TrainingCLI(CommandLine):
         names = ("fit", "validate")
         return {name: LightningCLI.subcommands()[name] for name in names}
 
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if hasattr(self.model, "read_data"):  # a module may train on what it makes of the images
+            self.datamodule = self.model.read_data(self.datamodule)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         out = self.out
         # Both write the one file that `--ckpt_path last` finds. Lightning's save_last would write it at the
         # end of training again, when the average has taken the place of the weights to go on from.
         every = {"dirpath": out / "checkpoints", "filename": "last", "enable_version_counter": False}
         checkpoints = [
-            ModelCheckpoint(train_time_interval=timedelta(minutes=5), **every),
-            ModelCheckpoint(every_n_epochs=1, save_on_train_epoch_end=True, **every),
+            StepCheckpoint(train_time_interval=timedelta(minutes=5), **every),
+            StepCheckpoint(every_n_epochs=1, save_on_train_epoch_end=True, **every),
         ]
         config = self._get(self.config_init, "trainer")
         check_devices(config["devices"])
-        config["callbacks"] = [*(config["callbacks"] or []), *checkpoints]
+        check_gradients(config["gradient_clip_val"], config["accumulate_grad_batches"])
+        config["callbacks"] = [*(config["callbacks"] or []), CheckResumed(), StepMonitor(), *checkpoints]
         config["default_root_dir"] = out
-        if config["logger"] is None:
-            config["logger"] = CSVLogger(out, name="logs")
+        if not str(config["strategy"]).startswith(SHARDED):  # these have checkpoints of their own
+            config["plugins"] = [*_listed(config["plugins"]), WholeCheckpointIO()]
+        loggers = [x for x in _listed(config["logger"]) if x is not True]
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                place_wandb(logger, out)
+                if self._get(self.config, "ckpt_path") and (run := last_run(out)):
+                    logger._wandb_init |= {"id": run, "resume": "allow"}  # one run, one curve
+        config["logger"] = [CSVLogger(out, name="logs"), *loggers]
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
@@ -78,3 +106,30 @@ class TrainingCLI(CommandLine):
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
             folder = self.model.export(self.trainer.default_root_dir)
             print(f"exported {folder}", file=sys.stderr)
+            for logger in self.trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    artifact = wandb.Artifact(f"{self.out.name}-{folder.name}", type="model")
+                    artifact.add_dir(str(folder))
+                    logger.experiment.log_artifact(artifact)
+                    logger.experiment.finish()
+
+
+def check_gradients(clip: float | None, accumulate: int) -> None:
+    """Raises UserError for settings under which no step could be taken."""
+    if clip is not None and not 0 <= clip < math.inf:
+        raise UserError(
+            f"trainer.gradient_clip_val = {clip}: expected a finite norm above 0, or 0 for no clipping"
+        )
+    if accumulate < 1:
+        raise UserError(f"trainer.accumulate_grad_batches = {accumulate}: expected at least 1 batch a step")
+
+
+def last_run(out: Path) -> str | None:
+    """The id of the newest W&B run below OUT/wandb, whose folders are called [offline-]run-TIME-ID."""
+    runs = sorted(out.glob("wandb/*run-*-*"), key=lambda p: p.stat().st_mtime)
+    return runs[-1].name.split("-")[-1] if runs else None
+
+
+def _listed(value: Any) -> list[Any]:
+    """What a trainer takes as nothing, one or several, as a list."""
+    return list(value) if isinstance(value, list | tuple) else [value] if value else []

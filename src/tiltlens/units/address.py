@@ -3,13 +3,16 @@
     ENCODER,key=value,key=value
     bundled,class=horse
     vit_small_patch16_dinov3.lvd1689m,layer=blocks.8,tokens=patch,reduction=mean,channel=37
+    bundled,sae=bundled#17
 
 encoder     bundled | a timm name | local-dir:FOLDER | hf-hub:NAME | torchvision:NAME | package.module:factory
 weights     a local file for the encoder, or random:SEED (an untrained network, for trying out)
 layer       dotted module path; left out: the model's output, the logits
 tokens      cls | register | patch | all | cell:ROW:COLUMN | map; left out: patch
 reduction   mean | max | logsumexp | none, over the positions of `tokens`; left out: mean, if several
-channel, class, direction     the unit itself, one of `tiltlens.units.kinds.KINDS`
+channel, class, direction, sae     the unit itself, one of `tiltlens.units.kinds.KINDS`
+
+A sparse autoencoder's latent, sae=FOLDER#LATENT, brings its own layer and tokens, and max as its reduction.
 
 `map` is `patch` without the default reduction: it asks for the map, so it must be said how the map becomes
 one number.
@@ -33,7 +36,7 @@ class Address:
     """A unit's address; see the module. Comparable, hashable, and `Address.parse(str(a)) == a`.
 
     unit: 37, "37", "channel=37"; "horse", "class=horse"; "direction=FILE", a list of floats. Held as an int,
-    a tuple of floats, or "class=…" / "direction=…". Raises ValueError (with near names) for anything else.
+    a tuple of floats, or "class=…" / "direction=…" / "sae=…". Raises ValueError (with near names) for anything else.
     """
 
     encoder: str = "bundled"
@@ -72,7 +75,7 @@ class Address:
 
     @property
     def kind(self) -> str:
-        """channel, class, direction: a key of KINDS."""
+        """channel, class, direction, sae: a key of KINDS."""
         if isinstance(self.unit, str):
             return self.unit.partition("=")[0]
         return "channel" if isinstance(self.unit, int) else "direction"
@@ -106,8 +109,8 @@ class Address:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, object]) -> "Address":
-        """The YAML form: the fields of `Address`; channel, class or direction may stand for unit. Raises
-        ValueError."""
+        """The YAML form: the fields of `Address`; channel, class, direction or sae may stand for
+        unit. Raises ValueError."""
         names = [f.name for f in fields(cls)]
         given = {k: v for k, v in mapping.items() if v is not None}
         for key in given:

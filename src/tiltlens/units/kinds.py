@@ -5,37 +5,44 @@ A layer, read at P positions, gives h (B, P, C). A kind turns it into one value 
     channel=37          h[..., 37]
     class=horse         h[..., row of the class], on the model's output, the logits
     direction=…         <direction, h>, the vector as given (not normalised), from a file or a list
+    sae=FOLDER#17       pre_17 of the sparse autoencoder in FOLDER (`latents`)
 
 `KINDS` is the only place that lists them: the grammar, the errors and the readout read this table. A new
-kind, such as a latent of a sparse autoencoder, is one more entry.
+kind is one more entry.
 """
 
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tiltlens.units.classes import class_index
-from tiltlens.units.weights import read_vector
+from tiltlens.units.latents import bind_latent, latent_files, parse_latent, place_latent
+from tiltlens.units.weights import read_vector, require_file
 
 if TYPE_CHECKING:
     from tiltlens.units.encoder import Encoder
 
 Value = int | str | tuple[float, ...]
 Pick = Callable[[Tensor], Tensor]
+Place = dict[str, str | None]
 
 
 @dataclass(frozen=True)
 class Kind:
     """parse: the text after "kind=" -> value, ValueError if it cannot be one. bind: a value, an encoder -> h
-    to (B, P)."""
+    to (B, P). files: those that the value names, FileNotFoundError if they are not there. place: {layer, tokens,
+    reduction} of the address -> as they are read, ValueError where the value does not belong there; no weights."""
 
     parse: Callable[[str], Value]
     bind: Callable[[Value, "Encoder"], Pick]
+    files: Callable[[Value], list[Path]] = lambda value: []
+    place: Callable[[Value, Place], Place] = lambda value, place: place
 
 
 def parse_channel(text: str) -> int:
@@ -86,6 +93,13 @@ def bind_class(value: Value, encoder: "Encoder") -> Pick:
     return bind_channel(class_index(encoder, value), encoder)
 
 
+def direction_files(value: Value) -> list[Path]:
+    if not isinstance(value, str):
+        return []
+    require_file(value, "the direction")
+    return [Path(value)]
+
+
 def bind_direction(value: Value, encoder: "Encoder") -> Pick:
     vector = torch.tensor(value) if isinstance(value, tuple) else read_vector(value)
 
@@ -100,5 +114,6 @@ def bind_direction(value: Value, encoder: "Encoder") -> Pick:
 KINDS = {
     "channel": Kind(parse_channel, bind_channel),
     "class": Kind(parse_class, bind_class),
-    "direction": Kind(parse_direction, bind_direction),
+    "direction": Kind(parse_direction, bind_direction, direction_files),
+    "sae": Kind(parse_latent, bind_latent, latent_files, place_latent),
 }

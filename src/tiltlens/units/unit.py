@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from tiltlens.units.grammar import number, short_hash, slug
 from tiltlens.units.kinds import KINDS, Pick, parse_numbers
 from tiltlens.units.readout import positions, reduce
 from tiltlens.units.sources import find_encoder, load_encoder
-from tiltlens.units.weights import require_file
 
 
 class Unit:
@@ -59,15 +59,19 @@ class Unit:
 
 
 class EncoderUnit(Unit):
-    """A unit of an encoder, by its address."""
+    """A unit of an encoder, by its address.
+
+    name: the address as it was given. address: with the layer, tokens and reduction that its kind fills in.
+    """
 
     def __init__(self, address: Address):
-        self.address = address
         self.name = str(address)
         self._pick: Pick | None = None
         find_encoder(address.encoder, address.weights)
-        if address.kind == "direction" and isinstance(address.value, str):
-            require_file(address.value, "the direction")
+        kind = KINDS[address.kind]
+        self._files = kind.files(address.value)
+        place = {name: getattr(address, name) for name in ("layer", "tokens", "reduction")}
+        self.address = replace(address, **kind.place(address.value, place))
 
     def load(self) -> "EncoderUnit":
         if self._pick is None:
@@ -79,11 +83,11 @@ class EncoderUnit(Unit):
 
     @property
     def fingerprint(self) -> str:
-        vector = ""
-        if self.address.kind == "direction" and isinstance(self.address.value, str):
-            with open(self.address.value, "rb") as file:
-                vector = hashlib.file_digest(file, "sha256").hexdigest()
-        parts = (self.name, self.load().encoder.fingerprint, vector)
+        read = ""
+        for path in self._files:
+            with open(path, "rb") as file:
+                read += hashlib.file_digest(file, "sha256").hexdigest()
+        parts = (self.name, self.load().encoder.fingerprint, read)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def read(self, h: Tensor) -> Tensor:

@@ -1,0 +1,214 @@
+"""Training of a sparse autoencoder (`units.sparse_autoencoder`) on an encoder's cached activations.
+
+    L = |x - x_hat|^2 / C  +  revival |e - e_hat|^2 / C  (+ (L0/k - 1)^2 / 10 for jumprelu),   e = x - x_hat (a constant)
+
+x is normalised to a mean square of 1 an entry over the training set, so that the first term is the normalised MSE.
+
+Revival (AuxK, Gao et al. 2024): a latent that has been off for `dead_after` steps is dead; e_hat is the combination of
+the C/2 dead latents with the largest pre-activations of each row, weighted by these. No ReLU there, unlike Gao: a
+latent whose pre-activation is below zero everywhere gets a gradient too.
+
+Gates in training: topk as at use. batchtopk the B k largest positive pre of a batch; the smallest of them, in a
+running mean, is the threshold at use. jumprelu H(pre - theta), whose derivative in theta is taken from a rectangle of
+width BANDWIDTH (Rajamanoharan et al. 2024); theta starts where batchtopk's would.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.nn import functional
+from torchmetrics import Metric
+
+from tiltlens.errors import UserError
+from tiltlens.modules.activation_cache import cached_activations, read_tokens
+from tiltlens.modules.activation_data import ActivationData
+from tiltlens.modules.image_data import Batch, ImageFolderData
+from tiltlens.modules.learning_rate import warm_hold_decay
+from tiltlens.units.near import near
+from tiltlens.units.sources import load_encoder
+from tiltlens.units.sparse_autoencoder import SparseAutoencoder
+
+BANDWIDTH = 0.1  # x has a standard deviation of 1 an entry, so pre of about 1
+TRAINABLE_TOKENS = ("patch", "cls", "register", "all")
+
+
+class SparseAutoencoderModule(LightningModule):
+    """encoder, weights, layer, tokens: as in a unit's address; tokens null for a layer of one vector an image. per_image:
+    positions kept of each image (null: all). kind, latents, k: of the autoencoder. rows: activations a batch. learning_rate:
+    Adam's peak; warm-up over the share `warmup` of all steps, linear to 0 over the last share `decay`. revival, dead_after:
+    see the module. Raises UserError or ValueError, with near names, for what the encoder or the autoencoder has not."""
+
+    def __init__(
+        self,
+        encoder: str = "bundled",
+        weights: str | None = None,
+        layer: str | None = "blocks.3",
+        tokens: str | None = "patch",
+        per_image: int | None = 16,
+        kind: str = "batchtopk",
+        latents: int = 1024,
+        k: int = 16,
+        rows: int = 2048,
+        learning_rate: float = 1e-3,
+        warmup: float = 0.02,
+        decay: float = 0.3,
+        revival: float = 1 / 32,
+        dead_after: int = 100,
+    ):
+        super().__init__()
+        if tokens is not None and tokens not in TRAINABLE_TOKENS:
+            raise UserError(f"model.tokens = {tokens!r}; {near(tokens, TRAINABLE_TOKENS)}")
+        for name, value in (("per_image", per_image), ("rows", rows), ("dead_after", dead_after)):
+            if value is not None and value < 1:
+                raise UserError(f"model.{name} = {value}: expected 1 or above")
+        source = load_encoder(encoder, weights)
+        source.require_layer(layer)
+        with torch.no_grad():
+            empty = torch.zeros(1, 3, *source.input_size, device=next(source.parameters()).device)
+            channels = read_tokens(source, empty, layer, tokens).shape[2]
+        self.sae = SparseAutoencoder(kind, channels, latents, k)
+        self.source = {"encoder": encoder, "weights": weights, "encoder_sha256": source.fingerprint,
+                       "layer": layer, "tokens": tokens}  # fmt: skip
+        self.per_image, self.rows = per_image, rows
+        self.learning_rate, self.warmup, self.decay = learning_rate, warmup, decay
+        self.revival, self.dead_after = revival, dead_after
+        self.held_out = SparsityMetrics(latents)
+        self.register_buffer("idle", torch.zeros(latents, dtype=torch.long))  # steps since last on
+
+    def read_data(self, images: ImageFolderData) -> ActivationData:
+        """What this module trains on, made of what the command line gives: images."""
+
+        def read(pixels: Tensor, cache: Path, device: torch.device) -> Tensor:
+            encoder = load_encoder(self.source["encoder"], self.source["weights"])
+            place = self.source["layer"], self.source["tokens"]
+            return cached_activations(encoder, pixels, *place, self.per_image, cache, device)
+
+        return ActivationData(images, read, self.rows)
+
+    def setup(self, stage: str) -> None:
+        """The normalisation of the training set; a checkpoint, read after this, holds the same."""
+        mean, scale = moments(self.trainer.datamodule.train_set)
+        self.sae.mean.copy_(mean)
+        self.sae.scale.copy_(scale)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        h, sae = batch["activation"], self.sae
+        pre = sae.preactivations(h)
+        opened = self.gates(pre)
+        error = sae.normalise(h) - sae.combine(pre * opened)
+        nmse, on = error.square().mean(), opened.sum(1).mean()
+        loss = nmse
+        if sae.kind == "jumprelu":
+            loss = loss + 0.1 * (on / sae.k - 1) ** 2
+        self.idle = torch.where(opened.detach().any(0), 0, self.idle + 1)
+        dead = self.idle >= self.dead_after
+        if self.revival and dead.any():
+            loss = loss + self.revival * self.revived(pre, error.detach(), dead)
+        logs = {"train_nmse": nmse, "train_l0": on.float(), "train_dead": dead.float().mean()}
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(h))
+        self.log_dict(logs, batch_size=len(h))
+        self.log("learning_rate", self.optimizers().param_groups[0]["lr"], batch_size=len(h))
+        return loss
+
+    def gates(self, pre: Tensor) -> Tensor:
+        """pre (B, M) -> open gates, 0 or 1, in training; moves the threshold."""
+        sae = self.sae
+        if sae.kind == "topk":
+            return sae.open(pre).to(pre)
+        if sae.kind == "batchtopk" or self.global_step == 0:
+            with torch.no_grad():
+                n = min(pre.shape[0] * sae.k, pre.numel())
+                lowest = pre.flatten().topk(n).values[-1].clamp(min=1e-6)
+                if sae.kind == "jumprelu":
+                    sae.log_threshold.fill_(lowest.log())
+                else:
+                    share = 1 / min(self.global_step + 1, 100)
+                    sae.log_threshold.copy_(sae.threshold.lerp(lowest.to(sae.threshold), share).log())
+                    return (pre >= lowest).to(pre)
+        return Step.apply(pre, sae.threshold)
+
+    def revived(self, pre: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+        """|e - e_hat|^2 / C by the dead latents alone."""
+        count = int(dead.sum())
+        best = pre[:, dead].topk(min(count, max(self.sae.channels // 2, 1)), dim=1)
+        z = torch.zeros(len(pre), count, dtype=pre.dtype, device=pre.device).scatter(
+            1, best.indices, best.values
+        )
+        return (error - z @ functional.normalize(self.sae.decoder[dead], dim=1)).square().mean()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """val_nmse, val_l0, val_alive over the whole held-out set, with the gates as they are at use."""
+        h = batch["activation"]
+        z = self.sae.encode(h)
+        self.held_out.update(self.sae.normalise(h), self.sae.combine(z), z)
+
+    def on_validation_epoch_end(self) -> None:
+        found = self.held_out.compute()
+        self.log_dict({f"val_{name}": value for name, value in found.items()}, prog_bar=True)
+        self.held_out.reset()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        trained = [p for p in self.sae.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, self.learning_rate)
+        schedule = warm_hold_decay(optimizer, self.trainer, self.warmup, self.decay, shape="linear")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def export(self, folder: Path) -> Path:
+        """Writes folder/sae, addressed as sae=folder/sae#LATENT."""
+        return self.sae.save(Path(folder) / "sae", self.source)
+
+
+class SparsityMetrics(Metric):
+    """l0: latents on a row, mean. nmse: sum |x - x_hat|^2 / sum |x|^2, x = 0 being the mean of the training set. alive:
+    share of the latents that were on for at least one of the rows. rows: how many these were."""
+
+    def __init__(self, latents: int):
+        super().__init__()
+        for name, shape in (("on", latents), ("error", ()), ("power", ()), ("rows", ())):
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, x: Tensor, x_hat: Tensor, z: Tensor) -> None:
+        self.on += (z > 0).sum(0)
+        self.error += (x - x_hat).double().square().sum()
+        self.power += x.double().square().sum()
+        self.rows += len(x)
+
+    def compute(self) -> dict[str, Tensor]:
+        found = {
+            "l0": self.on.sum() / self.rows,
+            "nmse": self.error / self.power,
+            "alive": (self.on > 0).double().mean(),
+            "rows": self.rows,
+        }
+        return {name: value.float() for name, value in found.items()}
+
+
+class Step(torch.autograd.Function):
+    """H(pre - theta), with d/dtheta = -1/BANDWIDTH where |pre - theta| < BANDWIDTH/2 and no derivative in pre."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, theta: Tensor) -> Tensor:
+        ctx.save_for_backward(pre, theta)
+        return (pre > theta).to(pre)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        pre, theta = ctx.saved_tensors
+        inside = (pre - theta).abs() < BANDWIDTH / 2
+        return None, -(gradient * inside).sum(0) / BANDWIDTH
+
+
+def moments(activations: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (N, C) -> their mean (C,), and the root mean square of an entry about it, (). Raises UserError if all rows are
+    the same."""
+    chunks = activations.split(65536)
+    mean = sum(c.double().sum(0) for c in chunks) / len(activations)
+    scale = (sum((c.double() - mean).square().sum() for c in chunks) / activations.numel()).sqrt()
+    if scale == 0:
+        raise UserError(
+            "the activations of the training images are all the same: address another layer or tokens"
+        )
+    return mean.float(), scale.float()
