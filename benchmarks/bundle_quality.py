@@ -14,9 +14,10 @@ from pathlib import Path
 import timm
 import torch
 
+from tiltlens.modules.denoising import LOG_SNR_EDGES, bin_names
 from tiltlens.modules.encoder_module import low_pass
 from tiltlens.modules.image_data import ImageFolderData, read_images, to_unit_range
-from tiltlens.modules.prior_module import LOG_SNR_EDGES, PriorModule, bin_names, min_snr_weight
+from tiltlens.modules.prior_module import PriorModule
 
 BUNDLED = Path(__file__).parents[1] / "src" / "tiltlens" / "bundled"
 BATCH = 100
@@ -74,7 +75,7 @@ def main() -> None:
     prior = PriorModule(init_from=asked.prior).eval()
     x0_hat, log_snr = denoised(prior, images, seed=0)
     error = (x0_hat - images).square().flatten(1).mean(1)
-    loss = min_snr_weight(log_snr.exp(), "sample", 5.0) * error
+    loss = log_snr.exp().clamp(max=5.0) * error
     print(f"prior min-SNR-5 loss ({len(labels)}): {loss.mean():.4f} +- {loss.std() / len(loss) ** 0.5:.4f}")
     print("log-SNR | images | error of x0_hat | encoder top-1 % on x0_hat")
     which = torch.bucketize(log_snr, torch.tensor(LOG_SNR_EDGES))

@@ -10,14 +10,17 @@ import torch
 from diffusers import DDPMPipeline
 from lightning.pytorch.callbacks import Timer
 from PIL import Image
+from prior_folders import ddpm, edm, flow
 
 from tiltlens.modules.command_line import run
+from tiltlens.modules.denoising import DenoisingLoss
 from tiltlens.modules.ema import WarmEMA, warm_decay
 from tiltlens.modules.encoder_module import EncoderModule, augment, degrade, low_pass
 from tiltlens.modules.image_data import BatchStream, ImageFolderData
 from tiltlens.modules.learning_rate import rate, warm_hold_decay
-from tiltlens.modules.prior_module import PriorModule, min_snr_weight
+from tiltlens.modules.prior_module import PriorModule
 from tiltlens.modules.training_cli import TrainingCLI
+from tiltlens.priors.families import read_family
 
 SIZE = 16
 UNET = {
@@ -66,6 +69,7 @@ def arguments(folder, out, module, settings, *more):
         "--trainer.callbacks+=tiltlens.modules.ema.WarmEMA",
         "--trainer.callbacks.decay=0.9",
         "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
         *more,
@@ -140,21 +144,38 @@ def test_average_obeys_its_closed_form():
 
 
 def test_min_snr_weights_are_one_loss():
-    """Whatever is predicted, w |F - target|^2 = min(SNR, gamma) |x0_hat - x_0|^2."""
-    alpha = torch.linspace(0.05, 0.999, 50, dtype=torch.float64)
-    sigma, gamma = (1 - alpha**2).sqrt(), 5.0
-    snr = (alpha / sigma) ** 2
-    x_0, eps, x0_hat = torch.randn(3, 50, dtype=torch.float64)
-    x_t = alpha * x_0 + sigma * eps
-    eps_hat = (x_t - alpha * x0_hat) / sigma
-    v, v_hat = alpha * eps - sigma * x_0, alpha * eps_hat - sigma * x0_hat
-    wanted = snr.clamp(max=gamma) * (x0_hat - x_0) ** 2
-    for kind, error in (("epsilon", eps_hat - eps), ("v_prediction", v_hat - v), ("sample", x0_hat - x_0)):
-        torch.testing.assert_close(
-            min_snr_weight(snr, kind, gamma) * error**2, wanted, msg=lambda m, k=kind: k + m
-        )
-    with pytest.raises(ValueError, match="unknown prediction type"):
-        min_snr_weight(snr, "score", gamma)
+    """Whatever is predicted, the loss of F is min(SNR, gamma) |x0_hat - x_0|^2, and F* gives x_0 back."""
+    gamma = 5.0
+    for scheduler in (
+        ddpm("epsilon"),
+        ddpm("v_prediction"),
+        ddpm("sample"),
+        flow(),
+        edm(),
+        edm("v_prediction"),
+    ):
+        family = read_family(scheduler)
+        schedule, tables = family.schedule, family.tables
+        loss, t = DenoisingLoss(family, gamma), torch.arange(len(schedule))
+        x_0, guess = torch.randn(2, len(t), 3, dtype=torch.float32)
+        eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1))
+        column = {k: v.float()[:, None] for k, v in tables.items()}
+        x_t = schedule.alpha.float()[:, None] * x_0 + schedule.sigma.float()[:, None] * eps
+        for x0_hat in (x_0, guess):
+
+            def network(x, time, x0_hat=x0_hat, x_t=x_t, column=column, schedule=schedule):
+                torch.testing.assert_close(x, column["scale_in"] * x_t)
+                torch.testing.assert_close(time, schedule.time.float())
+                return (x0_hat - column["skip"] * x_t) / column["out"]
+
+            found = loss(network, x_0, t, torch.Generator().manual_seed(1))
+            error = (x0_hat - x_0).square().mean(1)
+            snr = (schedule.alpha / schedule.sigma).square().float()
+            close = {"msg": lambda m, f=family: f"{f.name} {f.prediction}: {m}", "atol": 1e-5, "rtol": 1e-3}
+            torch.testing.assert_close(found.clean, error, **close)
+            torch.testing.assert_close(found.loss, snr.clamp(max=gamma) * error, **close)
+    with pytest.raises(ValueError, match="gamma"):
+        DenoisingLoss(family, 0.0)
 
 
 def test_learning_rate_rises_holds_and_ends():
@@ -256,7 +277,7 @@ def test_user_errors_end_with_status_2(folder, tmp_path, capsys, change, words):
 def test_prior_refuses_two_beginnings(tmp_path):
     with pytest.raises(ValueError, match="brings its own network"):
         PriorModule(init_from=tmp_path, network=UNET)
-    with pytest.raises(ValueError, match="expected a diffusers folder"):
+    with pytest.raises(ValueError, match="expected model_index"):
         PriorModule(init_from=tmp_path)
     with pytest.raises(ValueError, match="cannot build"):
         EncoderModule("vit_small_patch16_dinov3", {"no_such_argument": 1})

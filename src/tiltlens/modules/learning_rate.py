@@ -5,6 +5,8 @@ the speed is not known beforehand, and a decay that ends in time is worth more t
 
     warm-up: u / warmup;  then 1;  over the last share `decay`, with r = (1 - u) / decay:
     r (linear) or (1 - cos(pi r)) / 2 (cosine)
+
+decay = 0 is a constant rate, decay = 1 with cosine the cosine schedule.
 """
 
 import math
@@ -21,6 +23,16 @@ def rate(u: float, warmup: float, decay: float, shape: str) -> float:
     """The factor on the peak learning rate when the share u of the run is done, in [0, 1]."""
     r = min(max(1 - u, 0.0) / decay, 1.0) if decay > 0 else 1.0
     return min(u / warmup if warmup > 0 else 1.0, r if shape == "linear" else (1 - math.cos(math.pi * r)) / 2)
+
+
+def check_rate(learning_rate: float, weight_decay: float, warmup: float, decay: float) -> None:
+    """Raises UserError unless learning_rate > 0 and weight_decay >= 0 are finite, warmup and decay shares of the run."""
+    if not 0 < learning_rate < math.inf:
+        raise UserError(f"model.learning_rate = {learning_rate}: expected a finite number above 0")
+    if not 0 <= weight_decay < math.inf:
+        raise UserError(f"model.weight_decay = {weight_decay}: expected a finite number of at least 0")
+    if not (0 <= warmup <= 1 and 0 <= decay <= 1):
+        raise UserError(f"warmup = {warmup}, decay = {decay}: expected shares of the run, between 0 and 1")
 
 
 def warm_hold_decay(

@@ -1,161 +1,178 @@
-"""Training of a diffusion prior p(x).
+"""Training of a diffusion prior p(x): the loss of `denoising.py`, t uniform on the training table.
 
-x_t = alpha_t x_0 + sigma_t eps, t uniform on the training table. A network F(x_t, t) predicts the target that
-its scheduler names: eps, v = alpha_t eps - sigma_t x_0, or x_0. With SNR = alpha_t^2 / sigma_t^2 the loss is
-
-    L = E[ w_t |F - target|^2 ],   w_t |F - target|^2 = min(SNR, gamma) |x0_hat - x_0|^2
-
-(min-SNR-gamma: Hang et al., Efficient Diffusion Training via Min-SNR Weighting Strategy, 2023), hence
-w = min(SNR, gamma) / SNR for eps, min(SNR, gamma) / (SNR + 1) for v, min(SNR, gamma) for x_0.
+The module begins with a pipeline of diffusers and ends with one (`prior_pipeline.py`); what its network predicts and
+the schedule are read from its scheduler as for sampling (`tiltlens.priors.families`). A latent prior is trained on
+latents that are encoded once (`latents.py`). With LoRA (`tiltlens.priors.lora`) the prior's own weights are frozen, a
+checkpoint holds the factors alone, and the export has them folded in.
 """
 
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from diffusers.training_utils import compute_snr
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
+from tiltlens.batches import in_equal_batches
+from tiltlens.denoiser import NetworkDenoiser
 from tiltlens.errors import UserError
+from tiltlens.modules import prior_pipeline
+from tiltlens.modules.checkpoints import drop_frozen, restore_frozen
+from tiltlens.modules.denoising import DenoisingLoss, Errors, by_noise
 from tiltlens.modules.image_data import Batch
-from tiltlens.modules.learning_rate import warm_hold_decay
+from tiltlens.modules.latents import LatentCache
+from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
+from tiltlens.priors.families import read_family
+from tiltlens.priors.latent import Codec
+from tiltlens.priors.lora import inject, lora_parameters, merge
+from tiltlens.priors.networks import fixed_network
 
-LOG_SNR_EDGES = (-4.0, -2.0, 0.0, 2.0, 4.0)
 
+@dataclass(frozen=True)
+class LoRA:
+    """Arguments of `tiltlens.priors.lora.inject`: kinds of layers or ends of module names as targets."""
 
-def min_snr_weight(snr: Tensor, prediction: str, gamma: float) -> Tensor:
-    """w_t of the module's docstring, shape of snr. Raises UserError for an unknown prediction type."""
-    bounded = snr.clamp(max=gamma)
-    weights = {"epsilon": bounded / snr, "v_prediction": bounded / (snr + 1), "sample": bounded}
-    if prediction not in weights:
-        raise UserError(f"unknown prediction type {prediction!r}: expected one of {', '.join(weights)}")
-    return weights[prediction]
+    rank: int = 8
+    alpha: float | None = None
+    targets: tuple[str, ...] = ("attention", "convolution")
 
 
 class PriorModule(LightningModule):
-    """A diffusers UNet2DModel and its DDPM scheduler, trained on {image (B, C, H, W) in [-1, 1]}.
+    """A prior in training on {image (B, 3, H, W) in [-1, 1]}; any that `load_prior` reads.
 
-    init_from: a diffusers pipeline folder to go on from; None to start anew with `network` (arguments of
-    UNet2DModel) and `scheduler` (arguments of DDPMScheduler). gamma: of min-SNR. flip: mirror half of the
-    images. learning_rate: the peak, reached after the share `warmup` of all steps and held; falls to 0 over
-    the last share `decay`. Raises UserError where init_from is no such folder or both ways of starting are
-    given.
+    init_from: a prior to go on from: "bundled", a diffusers folder or a hub name; None to start anew with `network`
+    (arguments of UNet2DModel), `scheduler` (of DDPMScheduler, or of the class in its key `_class_name`) and, for
+    latents, `autoencoder` (a latent prior whose own is taken, or a config with its `_class_name`). lora: None to train
+    every weight. prompt: the fixed text of a text-conditional prior. gamma: of min-SNR, None for equal weights.
+    flip: mirror half of the images. learning_rate: the peak, reached after the share `warmup` of all steps and held;
+    falls to 0 over the last share `decay`, in the form `decay_shape` (constant: decay 0; cosine: decay 1, cosine).
+    latent_cache: the folder of latents.
+
+    Raises UserError for a prior that cannot be had, two ways of starting at once, LoRA targets that match nothing,
+    and numbers that are no learning rate, weight decay or share.
     """
 
     def __init__(
         self,
-        init_from: Path | None = None,
+        init_from: str | None = None,
         network: dict[str, Any] | None = None,
         scheduler: dict[str, Any] | None = None,
-        gamma: float = 5.0,
+        autoencoder: str | dict[str, Any] | None = None,
+        lora: LoRA | None = None,
+        prompt: str = "",
+        gamma: float | None = 5.0,
         flip: bool = True,
         learning_rate: float = 2e-4,
         weight_decay: float = 0.0,
         warmup: float = 0.02,
         decay: float = 0.4,
+        decay_shape: Literal["linear", "cosine"] = "linear",
+        latent_cache: Path | None = None,
     ):
         super().__init__()
-        self.network, self.scheduler = _start(init_from, network, scheduler)
-        self.network.to(memory_format=torch.channels_last)
-        self.gamma, self.flip = gamma, flip
-        self.learning_rate, self.weight_decay, self.warmup, self.decay = (
-            learning_rate,
-            weight_decay,
-            warmup,
-            decay,
+        check_rate(learning_rate, weight_decay, warmup, decay)
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.warmup, self.decay, self.decay_shape, self.flip = warmup, decay, decay_shape, flip
+        self.pipeline = prior_pipeline.begin(init_from, network, scheduler, autoencoder)
+        self.scheduler, self.family = self.pipeline.scheduler, read_family(self.pipeline.scheduler)
+        self.loss = DenoisingLoss(self.family, gamma)
+        fixed = fixed_network(self.pipeline, prompt)
+        self.network, self.channels, self.condition = (
+            fixed.network.float().train(),
+            fixed.channels,
+            fixed.names,
         )
-        min_snr_weight(torch.ones(1), self.scheduler.config.prediction_type, gamma)
+        for name in self.condition:
+            self.register_buffer(name, getattr(fixed, name), persistent=False)
+        codec = prior_pipeline.codec_of(self.pipeline)
+        # in a plain object: the autoencoder is neither trained, averaged nor kept in checkpoints
+        self.latents = LatentCache(Codec(codec), latent_cache) if codec is not None else None
+        expected = self.latents.codec.channels if self.latents else 3
+        if self.channels != expected:
+            raise UserError(f"model.network: expected in_channels = {expected}, found {self.channels}")
+        self.adapted = inject(self.network, lora.rank, lora.alpha, lora.targets) if lora else []
+        self.random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.network.modules())
 
-    def errors(self, x_0: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(mean squared error of the prediction, SNR), each (B,), for images x_0 noised to t (B,)."""
-        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
-        x_t = self.scheduler.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
-        prediction = self.network(x_t, t).sample
-        kind = self.scheduler.config.prediction_type
-        if kind == "v_prediction":
-            target = self.scheduler.get_velocity(x_0, eps, t)
-        else:
-            target = eps if kind == "epsilon" else x_0
-        return (prediction.float() - target).square().flatten(1).mean(1), compute_snr(self.scheduler, t).to(
-            x_0
-        )
+    def setup(self, stage: str) -> None:
+        size, side = getattr(self.trainer.datamodule, "size", None), self.network.config.sample_size
+        expected = side * (self.latents.codec.factor if self.latents else 1)
+        if size not in (None, expected):
+            raise UserError(
+                f"data.size = {size}: the prior's images have {expected} pixels a side; set data.size to it"
+            )
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """F (B, C, H, W) of the network for x (B, C, H, W), time (B,), under its fixed condition."""
+        rows = {n: getattr(self, n).expand(len(x), *getattr(self, n).shape[1:]) for n in self.condition}
+        x = x.to(self.network.dtype, memory_format=torch.channels_last)
+        return self.network(x, time, return_dict=False, **rows)[0][:, : self.channels]
+
+    @property
+    def denoiser(self) -> NetworkDenoiser:
+        """The contract of sampling over the weights as they are now, for pictures and metrics in training."""
+        size = self.network.config.sample_size
+        return NetworkDenoiser(self, self.family.schedule, (self.channels, size, size), **self.family.tables)
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """State (B, C, H, W) -> image (B, 3, H, W), about [-1, 1]."""
+        return in_equal_batches(self.latents.codec.to(x_0.device).decode, x_0) if self.latents else x_0
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Image (B, 3, H, W) in [-1, 1] -> state: the image, or its latent from the cache."""
+        return self.latents(images) if self.latents else images
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(batch["seed"])
-        x_0 = batch["image"]
+        images = batch["image"]
         if self.flip:
-            mirrored = torch.rand(len(x_0), generator=generator).to(x_0) < 0.5
-            x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(3), x_0)
-        t = torch.randint(len(self.scheduler.alphas_cumprod), (len(x_0),), generator=generator).to(x_0.device)
-        error, snr = self.errors(x_0, t, generator)
-        loss = (min_snr_weight(snr, self.scheduler.config.prediction_type, self.gamma) * error).mean()
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(x_0))
-        self.log("learning_rate", self.optimizers().param_groups[0]["lr"], batch_size=len(x_0))
+            mirrored = torch.rand(len(images), generator=generator).to(images) < 0.5
+            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        if self.random:
+            torch.manual_seed(
+                batch["seed"]
+            )  # dropout draws from the global generator: the batch names it too
+        t = torch.randint(len(self.loss), (len(images),), generator=generator)
+        loss = self.loss(self, self.encode(images), t, generator).loss.mean()
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(images))
+        self.log("learning_rate", self.optimizers().param_groups[0]["lr"], batch_size=len(images))
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Logs val_loss (weighted as in training) and the error of x0_hat by bins of log-SNR.
-
-        x0_hat's mean squared error is that of the prediction times 1/SNR, 1/(SNR + 1) or 1 for eps, v, x_0.
-        """
+    def held_out(self, batch: Batch) -> Errors:
+        """The errors of a batch on a stratified t: it covers the table evenly, so that few images make a steady number."""
         generator = torch.Generator().manual_seed(batch["seed"])
-        x_0, length = batch["image"], len(self.scheduler.alphas_cumprod)
-        # A stratified t: each batch covers the table evenly, so that few images make a steady number.
-        t = ((torch.arange(len(x_0)) + torch.rand(len(x_0), generator=generator)) * length / len(x_0)).long()
-        error, snr = self.errors(x_0, t.to(x_0.device), generator)
-        kind = self.scheduler.config.prediction_type
-        self.log(
-            "val_loss",
-            (min_snr_weight(snr, kind, self.gamma) * error).mean(),
-            prog_bar=True,
-            batch_size=len(x_0),
-        )
-        clean = error * min_snr_weight(snr, kind, float("inf")) / snr
-        which = torch.bucketize(snr.log(), torch.tensor(LOG_SNR_EDGES, device=snr.device))
-        for k, name in enumerate(bin_names()):
-            inside = clean[which == k]
-            if inside.numel():
-                self.log(f"val_x0_error/{name}", inside.mean(), batch_size=inside.numel())
+        n, length = len(batch["image"]), len(self.loss)
+        t = ((torch.arange(n) + torch.rand(n, generator=generator)) * length / n).long().clamp(max=length - 1)
+        return self.loss(self, self.encode(batch["image"]), t, generator)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Logs val_loss (weighted as in training) and the mean squared error of x0_hat by bins of log-SNR."""
+        errors = self.held_out(batch)
+        n = len(errors.loss)
+        self.log("val_loss", errors.loss.mean(), prog_bar=True, batch_size=n, sync_dist=True)
+        for name, (mean, rows) in by_noise(errors.clean, errors.log_snr).items():
+            # no sync between ranks: a bin may be empty on one of them
+            self.log(f"val_x0_error/{name}", mean, batch_size=rows)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(
-            self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay
-        )
-        schedule = warm_hold_decay(optimizer, self.trainer, self.warmup, self.decay, shape="linear")
+        learned = lora_parameters(self.network) if self.adapted else self.network.parameters()
+        optimizer = torch.optim.AdamW(learned, self.learning_rate, weight_decay=self.weight_decay)
+        schedule = warm_hold_decay(optimizer, self.trainer, self.warmup, self.decay, self.decay_shape)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.latents:
+            self.latents.flush()
+        drop_frozen(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        restore_frozen(self, checkpoint)
+
+    def on_train_epoch_end(self) -> None:
+        if self.latents:
+            self.latents.flush()
+
     def export(self, folder: Path) -> Path:
-        """Writes folder/prior, a diffusers pipeline with the present weights (after `fit`: the average)."""
-        out = Path(folder) / "prior"
-        DDPMPipeline(self.network.to(memory_format=torch.contiguous_format), self.scheduler).save_pretrained(
-            out
-        )
-        return out
-
-
-def bin_names() -> list[str]:
-    """Names of the bins of log-SNR, noisiest first: below -4, -4..-2, ..., above 4."""
-    inner = [f"{a:g}..{b:g}" for a, b in pairwise(LOG_SNR_EDGES)]
-    return [f"below{LOG_SNR_EDGES[0]:g}", *inner, f"above{LOG_SNR_EDGES[-1]:g}"]
-
-
-def _start(
-    init_from: Path | None, network: dict[str, Any] | None, scheduler: dict[str, Any] | None
-) -> tuple[UNet2DModel, DDPMScheduler]:
-    if init_from is None:
-        return UNet2DModel(**(network or {})), DDPMScheduler(**(scheduler or {}))
-    if network or scheduler:
-        raise UserError(
-            "model.init_from brings its own network and scheduler: take them out of the config, or add "
-            "--model.network null --model.scheduler null"
-        )
-    folder = Path(init_from)
-    for part in ("unet/config.json", "scheduler/scheduler_config.json"):
-        if not (folder / part).is_file():
-            raise UserError(f"model.init_from {folder}: expected a diffusers folder, found no {part}")
-    unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True)
-    unet.register_to_config(_name_or_path=None)  # an export should not tell where on this machine it began
-    return unet.float().train(), DDPMScheduler.from_pretrained(folder / "scheduler")
+        """Writes folder/prior, a diffusers pipeline with the present weights (after `fit`: the average), merged."""
+        network = merge(self.network).to(memory_format=torch.contiguous_format).eval()
+        return prior_pipeline.end(self.pipeline, network, Path(folder) / "prior")

@@ -109,7 +109,8 @@ class TrainingCLI(CommandLine):
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     artifact = wandb.Artifact(f"{self.out.name}-{folder.name}", type="model")
-                    artifact.add_dir(str(folder))
+                    for file in (p for p in folder.rglob("*") if p.is_file()):
+                        artifact.add_file(str(file), str(file.relative_to(folder)))
                     logger.experiment.log_artifact(artifact)
                     logger.experiment.finish()
 

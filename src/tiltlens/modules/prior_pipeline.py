@@ -1,0 +1,91 @@
+"""Where a prior in training begins and ends: a pipeline of diffusers in memory, and a folder of it on disk."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import DDPMPipeline, LDMPipeline, SchedulerMixin, UNet2DModel
+from torch import nn
+
+from tiltlens.errors import UserError
+from tiltlens.priors.folder import check_folder, find_folder
+from tiltlens.priors.latent import SUPPORTED as AUTOENCODERS
+from tiltlens.priors.pipeline import load_pipeline
+
+Config = dict[str, Any]
+
+
+def begin(
+    init_from: str | None, network: Config | None, scheduler: Config | None, autoencoder: str | Config | None
+) -> Any:
+    """A diffusers pipeline: that of a prior by name (as in `load_prior`), or a new one.
+
+    network: arguments of UNet2DModel. scheduler: those of DDPMScheduler, or of the class that its key `_class_name`
+    names. autoencoder: None for pixels; a prior whose autoencoder is taken, or the config of a new one with its
+    `_class_name`. Raises UserError where both ways of starting are given, or a config does not build.
+    """
+    if init_from is not None:
+        if network or scheduler or autoencoder:
+            raise UserError(
+                "model.init_from brings its own network, scheduler and autoencoder: take them out of the config, or "
+                "add --model.network null --model.scheduler null --model.autoencoder null"
+            )
+        return _load(str(init_from))
+    unet = _build(network, "UNet2DModel", (UNet2DModel,), "model.network")
+    noise = _build(scheduler, "DDPMScheduler", (SchedulerMixin,), "model.scheduler")
+    if autoencoder is None:
+        return DDPMPipeline(unet, noise)
+    if isinstance(autoencoder, dict):
+        classes = tuple(getattr(diffusers, name) for name in AUTOENCODERS)
+        return LDMPipeline(_build(autoencoder, "AutoencoderKL", classes, "model.autoencoder"), unet, noise)
+    other = _load(str(autoencoder))
+    codec = codec_of(other)
+    if codec is None:
+        raise UserError(f"model.autoencoder {autoencoder}: expected a latent prior, found one of pixels")
+    return LDMPipeline(codec, unet, noise)
+
+
+def codec_of(pipeline: Any) -> nn.Module | None:
+    return getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+
+
+def end(pipeline: Any, network: nn.Module, folder: Path) -> Path:
+    """Writes the pipeline with `network` in the place of its own as a diffusers folder, whole or not at all."""
+    name = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
+    before = getattr(pipeline, name)
+    part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    for left in (part, old):
+        shutil.rmtree(left, ignore_errors=True)
+    setattr(pipeline, name, network)
+    try:
+        # an export should not tell where on this machine it began
+        for component in (pipeline, *pipeline.components.values()):
+            if getattr(component, "config", None) is not None and hasattr(component, "register_to_config"):
+                component.register_to_config(_name_or_path=None)
+        pipeline.save_pretrained(part)
+    finally:
+        setattr(pipeline, name, before)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _load(name: str) -> Any:
+    folder = check_folder(find_folder(name))
+    return load_pipeline(folder.path, folder.components, folder.skipped)
+
+
+def _build(config: Config | None, default: str, bases: tuple[type, ...], key: str) -> Any:
+    config = dict(config or {})
+    name = config.pop("_class_name", default)
+    cls = getattr(diffusers, str(name), None)
+    if not (isinstance(cls, type) and issubclass(cls, bases)):
+        kinds = " or ".join(b.__name__ for b in bases)
+        raise UserError(f"{key}: expected _class_name to be a {kinds} of diffusers, found {name!r}")
+    try:
+        return cls(**config)
+    except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
+        raise UserError(f"{key}: diffusers cannot build {cls.__name__} from it: {error}") from error
