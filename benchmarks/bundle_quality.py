@@ -16,7 +16,7 @@ import torch
 
 from tiltlens.modules.denoising import LOG_SNR_EDGES, bin_names
 from tiltlens.modules.encoder_module import low_pass
-from tiltlens.modules.image_data import ImageFolderData, read_images, to_unit_range
+from tiltlens.modules.image_data import read_images, to_unit_range
 from tiltlens.modules.prior_module import PriorModule
 
 BUNDLED = Path(__file__).parents[1] / "src" / "tiltlens" / "bundled"
@@ -25,7 +25,7 @@ BATCH = 100
 
 def held_out(root: Path, n: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """n images in an order drawn once: images (n, 3, 32, 32) in [-1, 1], labels (n,), class names."""
-    images, labels, names = read_images(root, 32, ImageFolderData(root, root).cache)
+    images, labels, names = read_images(str(root), 32)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:n]
     return to_unit_range(images[order]), labels[order], names
 

@@ -1,79 +1,194 @@
-"""Folders of images as batches of tensors.
+"""Images as batches of tensors.
 
-A small image set is decoded once, kept as one uint8 tensor and cut into batches by index: on few cores the
-time goes to the network and not to decoding. Batch k of a run is a function of (seed, k) alone, so that a
-resumed run sees what the uninterrupted one would have seen.
+Batch k of a run is a function of (seed, k, rank) alone, whatever the source, so that a resumed run sees what
+the uninterrupted one would have seen.
 """
 
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
-import safetensors.torch
 import torch
 from lightning import LightningDataModule
-from PIL import Image, ImageOps
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from tiltlens.errors import UserError
+from tiltlens.modules import image_sets
+from tiltlens.modules.image_decoding import BrokenImages
+from tiltlens.modules.image_sets import LazyImages, decode_all
 from tiltlens.modules.image_sources import ImageSource, open_source
 
 Batch = dict[str, Tensor | int]
+Images = Tensor | LazyImages
+LOG = "broken_images.txt"
 
 
 class ImageFolderData(LightningDataModule):
     """Batches {image (B, 3, size, size) in [-1, 1], label (B,), seed: an integer, the batch's randomness}.
 
     train, val: folders of images, nested at will; the first folder below the root is the class (label -1
-    where images lie in the root itself). Or another source, named as in `image_sources`: FakeData, CIFAR10. size: pixels of a side; images are scaled by their shorter side and
-    cropped at the centre. val_n: so many held-out images, drawn once by `seed`; None for all. cache: a folder
-    for decoded images, by default $XDG_CACHE_HOME/tiltlens. The sets must fit in memory: 3 size^2 bytes an
-    image. Raises UserError for a missing or empty folder and for classes that differ between train and val.
+    where images lie in the root itself). Or another source, named as in `image_sources`: FakeData, CIFAR10,
+    tar:SHARDS, hf:NAME. val None: images are held out from train, by a hash of (seed, name), so that an image
+    stays on its side when others come and go: val_n of them, or the share val_share.
+
+    size: pixels of a side. resize: of the shorter side before the crop, by default size. crop: centre, or
+    random in training. Mirroring is the modules' (`model.flip`). val_n: so many held-out images, drawn once
+    by `seed`; None for all.
+
+    broken_share: of unreadable or too small images that is left out; each is named in OUT/broken_images.txt.
+    cache: a folder for decoded images, by default $XDG_CACHE_HOME/tiltlens. A set of up to 2 GiB, 3 size^2
+    bytes an image, is decoded once and held in memory; a larger one is decoded as it comes.
+
+    Raises UserError for a source that is missing, empty or smaller than a batch, for images that a classifier
+    is to learn and that have no class, for classes that differ between train and val, and for too many
+    broken images.
     """
 
     def __init__(
         self,
         train: str = "data/cifar10/train",
-        val: str = "data/cifar10/test",
+        val: str | None = None,
         size: int = 32,
         batch_size: int = 64,
         seed: int = 0,
         val_n: int | None = None,
+        val_share: float = 0.05,
+        resize: int | None = None,
+        crop: Literal["centre", "random"] = "centre",
+        broken_share: float = 0.01,
         cache: Path | None = None,
     ):
         super().__init__()
-        self.train, self.val = str(train), str(val)
-        self.size, self.batch_size, self.seed, self.val_n = size, batch_size, seed, val_n
-        base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        self.cache = Path(cache) if cache else base / "tiltlens"
+        self.train, self.val = str(train), None if val is None else str(val)
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.val_n, self.val_share = val_n, val_share
+        self.resize, self.crop, self.broken_share = resize or size, crop, broken_share
+        for name, value in (("val_share", val_share), ("broken_share", broken_share)):
+            if not 0 <= value < 1:
+                raise UserError(f"data.{name} = {value}: expected a share, at least 0 and below 1")
+        for name, value in (("size", size), ("batch_size", batch_size), ("val_n", val_n)):
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} = {value}: expected at least 1")
+        if self.resize < size:
+            raise UserError(f"data.resize = {resize}: the crop of data.size = {size} pixels does not fit")
+        self.cache = Path(cache) if cache else default_cache()
         self.class_names: list[str] = []
+        self.train_set: tuple[Images, Tensor] | None = None
+
+    def prepare_data(self) -> None:
+        """One process of a node decodes; the others then find the set in the cache."""
+        self.setup()
 
     def setup(self, stage: str | None = None) -> None:
-        if self.class_names:
+        if self.train_set is not None:
             return
-        images, labels, self.class_names = read_images(self.train, self.size, self.cache)
-        if len(labels) < self.batch_size:
+        source = open_source(self.train, False, self.size, self.cache)
+        self._check_labels("data.train", self.train, source)
+        self.class_names, inside, lazy = source.class_names, range(len(source)), self.crop == "random"
+        broken = self._broken("data.train", source)
+        if self.val is None:
+            held_out = set(hold_out(source, self.seed, self.val_n, self.val_share))
+            inside = [i for i in inside if i not in held_out]
+        self._check_size(len(inside))
+        self.train_set = self._read(source, inside, lazy, broken)
+        if self.val is None:
+            self.val_set = self._read(source, sorted(held_out), False, broken)
+        else:
+            if self.val == self.train and Path(self.train).is_dir():
+                rank_zero_warn(f"data.val is data.train, {self.val}: nothing is held out")
+            source = open_source(self.val, True, self.size, self.cache)
+            self._check_labels("data.val", self.val, source)
+            if source.class_names != self.class_names:
+                raise UserError(
+                    f"data.val {self.val} has classes {source.class_names}; expected those of data.train, "
+                    f"{self.class_names}"
+                )
+            n = len(source)
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[: self.val_n]
+            self.val_set = self._read(source, order.tolist(), False, self._broken("data.val", source))
+        self._check_size(len(self.train_set[1]))
+        counts = f"{len(self.train_set[1])} images for training, {len(self.val_set[1])} held out"
+        rank_zero_info(f"data: {counts}, {len(self.class_names) or 'no'} classes")
+
+    def _check_labels(self, what: str, text: str, source: ImageSource) -> None:
+        missing, module = int((source.labels < 0).sum()), getattr(self.trainer, "lightning_module", None)
+        if missing and getattr(module, "num_classes", None):
             raise UserError(
-                f"data.train {self.train} holds {len(labels)} images, fewer than data.batch_size = "
+                f"{what} {text} has {missing} images without a class, and {type(module).__name__} learns "
+                "classes: expected FOLDER/CLASS/*.jpg, or .cls files in the shards"
+            )
+
+    def _check_size(self, n: int) -> None:
+        if n < self.batch_size:
+            raise UserError(
+                f"data.train {self.train} holds {n} images, fewer than data.batch_size = "
                 f"{self.batch_size}: lower data.batch_size or add images"
             )
-        self.train_set = images, labels
-        images, labels, names = read_images(self.val, self.size, self.cache, held_out=True)
-        if names != self.class_names:
-            raise UserError(
-                f"data.val {self.val} has classes {names}; expected those of data.train, {self.class_names}"
-            )
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.seed))[: self.val_n]
-        self.val_set = images[order], labels[order]
+
+    def _broken(self, what: str, source: ImageSource) -> BrokenImages:
+        log = None
+        if self.trainer:
+            log = Path(self.trainer.default_root_dir) / LOG
+            if what == "data.train" and self.trainer.is_global_zero:
+                log.unlink(missing_ok=True)
+        return BrokenImages(what, len(source), self.broken_share, log)
+
+    def _read(
+        self, source: ImageSource, numbers: list[int] | range, lazy: bool, broken: BrokenImages
+    ) -> tuple[Images, Tensor]:
+        if lazy or 3 * self.size**2 * len(source) > image_sets.AT_ONCE:
+            return LazyImages(source, numbers, self.size, self.resize, broken), source.labels[list(numbers)]
+        images, found = decode_all(source, self.size, self.resize, self.cache, broken)
+        broken.tell()
+        if isinstance(numbers, range) and len(found) == len(numbers):
+            return images, source.labels
+        place = {i: k for k, i in enumerate(found.tolist())}
+        rows = torch.tensor([place[i] for i in numbers if i in place], dtype=torch.long)
+        return images[rows], source.labels[found[rows]]
 
     def train_dataloader(self) -> "BatchStream":
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return BatchStream(*self.train_set, self.batch_size, self.seed, shuffle=True, rank=rank, ranks=ranks)
+        return BatchStream(
+            *self.train_set,
+            self.batch_size,
+            self.seed,
+            shuffle=True,
+            rank=rank,
+            ranks=ranks,
+            random_crop=self.crop == "random",
+        )
 
     def val_dataloader(self) -> "BatchStream":
         return BatchStream(*self.val_set, self.batch_size, self.seed, shuffle=False)
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tiltlens"
+
+
+def read_images(
+    text: str, size: int, held_out: bool = False, cache: Path | None = None
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Every image of a source: images (N, 3, size, size) uint8, labels (N,), class names. Must fit in memory."""
+    cache = cache or default_cache()
+    source = open_source(text, held_out, size, cache)
+    images, found = decode_all(source, size, size, cache, BrokenImages(text, len(source), 0.01))
+    return images, source.labels[found], source.class_names
+
+
+def hold_out(source: ImageSource, seed: int, n: int | None, share: float) -> list[int]:
+    """The n (or round(share N), at least 1) images whose hash of (seed, name) is smallest."""
+    n = max(1, round(share * len(source))) if n is None else n
+    if n >= len(source):
+        raise UserError(
+            f"data.val_n = {n} of {len(source)} images: none is left for training; lower it or set data.val"
+        )
+    keys = [hashlib.sha256(f"{seed}/{source.name(i)}".encode()).digest() for i in range(len(source))]
+    return sorted(range(len(source)), key=keys.__getitem__)[:n]
 
 
 class BatchStream:
@@ -81,18 +196,19 @@ class BatchStream:
 
     With `shuffle` each epoch is a new permutation and its incomplete last batch is dropped; without, the
     order is kept, the last batch may be short, and every pass is the same. `state_dict` is what Lightning
-    stores.
+    stores. Raises UserError where a rank has fewer images than a batch.
     """
 
     def __init__(
         self,
-        images: Tensor,
+        images: Images,
         labels: Tensor,
         batch_size: int,
         seed: int,
         shuffle: bool,
         rank: int = 0,
         ranks: int = 1,
+        random_crop: bool = False,
     ):
         self.images, self.labels = images, labels
         self.batch_size, self.seed, self.shuffle, self.rank, self.ranks = (
@@ -102,7 +218,13 @@ class BatchStream:
             rank,
             ranks,
         )
+        self.random_crop = random_crop
         self.position = 0
+        if shuffle and len(labels) // ranks < batch_size:
+            raise UserError(
+                f"{len(labels)} training images on {ranks} devices: fewer than data.batch_size = {batch_size} on "
+                "each; lower data.batch_size or add images"
+            )
 
     def __len__(self) -> int:
         each = len(self.labels) // self.ranks
@@ -116,13 +238,33 @@ class BatchStream:
         if self.shuffle:
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(self._name(epoch, 0)))
             order = order[self.rank :: self.ranks]
-        for k in range(start, len(self)):
-            rows = order[k * self.batch_size : (k + 1) * self.batch_size]
-            seed = self._name(self.position, 1 + self.rank)
-            self.position += 1
-            yield {"image": to_unit_range(self.images[rows]), "label": self.labels[rows], "seed": seed}
+        parts = [order[k * self.batch_size : (k + 1) * self.batch_size] for k in range(start, len(self))]
+        if isinstance(self.images, Tensor):
+            for rows in parts:
+                yield self._batch(self.images[rows], self.labels[rows])
+            return
+        with ThreadPoolExecutor(1) as ahead:  # the next batch is decoded while the network has this one
+            waiting = [ahead.submit(self._decode, parts[0], self.position)]
+            for k in range(len(parts)):
+                images, rows = waiting.pop().result()
+                if k + 1 < len(parts):
+                    waiting.append(ahead.submit(self._decode, parts[k + 1], self.position + 1))
+                yield self._batch(images, self.labels[rows])
 
-    def _name(self, *parts: int) -> int:
+    def _batch(self, images: Tensor, labels: Tensor) -> Batch:
+        seed = self._name(self.position, 1 + self.rank)
+        self.position += 1
+        return {"image": to_unit_range(images), "label": labels, "seed": seed}
+
+    def _decode(self, rows: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        at = None
+        if self.random_crop:
+            # a seed of its own: the batch's is used by the module, whose flips would follow the crops
+            generator = torch.Generator().manual_seed(self._name(position, 1 + self.rank, "crop"))
+            at = torch.rand((len(rows), 2), generator=generator)
+        return self.images.read(rows, at)
+
+    def _name(self, *parts: int | str) -> int:
         """Seeds of different epochs, batches and ranks must not coincide; a hash keeps them apart."""
         return int.from_bytes(hashlib.sha256(repr((self.seed, *parts)).encode()).digest()[:7], "big")
 
@@ -136,35 +278,3 @@ class BatchStream:
 def to_unit_range(images: Tensor) -> Tensor:
     """uint8 in 0..255 -> float32 in [-1, 1]."""
     return images.float().div_(127.5).sub_(1)
-
-
-def read_images(
-    source: str | Path, size: int, cache: Path, held_out: bool = False
-) -> tuple[Tensor, Tensor, list[str]]:
-    """Every image of a source (`image_sources`): images (N, 3, size, size) uint8, labels (N,), class names.
-
-    The decoded set is kept in `cache` under a name that changes with any file's path, length or date.
-    """
-    found = open_source(str(source), held_out, size, cache)
-    digest = hashlib.sha256(f"2 {size} {found.fingerprint}".encode()).hexdigest()
-    cached = cache / f"images-{digest[:24]}.safetensors"
-    if cached.is_file():
-        return safetensors.torch.load_file(cached)["images"], found.labels, found.class_names
-    images = torch.stack([decode(found, i, size) for i in range(len(found))])
-    cache.mkdir(parents=True, exist_ok=True)
-    part = cached.with_suffix(f".{os.getpid()}.part")
-    safetensors.torch.save_file({"images": images}, part)
-    part.replace(cached)  # two runs may decode at once: the name appears only when the file is whole
-    return images, found.labels, found.class_names
-
-
-def decode(source: ImageSource, i: int, size: int) -> Tensor:
-    """One image -> (3, size, size) uint8; raises UserError where it cannot be read."""
-    try:
-        with source.open(i) as image:
-            image = image.convert("RGB")
-            if image.size != (size, size):
-                image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    except OSError as error:
-        raise UserError(f"cannot read the image {source.name(i)}: {error}") from error

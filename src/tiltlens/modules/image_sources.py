@@ -13,7 +13,6 @@ why one batch is a function of its number alone, however large the set: nothing 
 
 import hashlib
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
@@ -22,8 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import datasets
+from torchvision.transforms.functional import to_pil_image
 
 from tiltlens.errors import UserError
+from tiltlens.modules.image_shards import ShardSource
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 FAKE_SIZE = 512  # images of FakeData where its size is not given: enough for a smoke run
@@ -51,13 +52,15 @@ def open_source(text: str, held_out: bool, size: int, cache: Path) -> ImageSourc
     Raises UserError for an unknown kind, name or argument, and for a source that is not there.
     """
     kind, _, rest = text.partition(":")
-    kinds: dict[str, Callable[[], ImageSource]] = {
-        "torchvision": lambda: TorchvisionSource(rest, held_out, size, cache / "torchvision"),
-    }
-    if kind in kinds and rest:
-        return kinds[kind]()
-    if not Path(text).is_dir() and text.partition("?")[0] in torchvision_names():
-        return TorchvisionSource(text, held_out, size, cache / "torchvision")
+    if kind == "tar" and rest:
+        return ShardSource(rest, cache)
+    if kind == "hf" and rest:
+        from tiltlens.modules.hugging_face_source import HuggingFaceSource  # it reads names by this module
+
+        return HuggingFaceSource(rest, held_out)
+    named = kind == "torchvision" and rest
+    if named or (not Path(text).is_dir() and text.partition("?")[0] in torchvision_names()):
+        return TorchvisionSource(rest if named else text, held_out, size, cache / "torchvision")
     return FolderSource(Path(text))
 
 
@@ -98,6 +101,17 @@ class FolderSource:
         return Image.open(self.files[i])
 
 
+class FakeImages(datasets.FakeData):
+    """torchvision's FakeData, number for number, but from generators of its own: the original seeds torch's
+    global one for every image, which is slow and mixes up threads that decode at once."""
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        generator = torch.Generator().manual_seed(index + self.random_offset)
+        image = torch.randn(*self.image_size, generator=generator)
+        target = torch.randint(0, self.num_classes, size=(1,), generator=generator)
+        return to_pil_image(image), int(target)
+
+
 class TorchvisionSource:
     """A class of torchvision.datasets, NAME?argument=value&..., whose items are (image, class)."""
 
@@ -107,7 +121,7 @@ class TorchvisionSource:
             raise UserError(
                 f"torchvision.datasets has no {name!r}: known are {', '.join(torchvision_names())}"
             )
-        maker = getattr(datasets, name)
+        maker = FakeImages if name == "FakeData" else getattr(datasets, name)
         known = inspect.signature(maker).parameters
         if wrong := set(given) - set(known):
             raise UserError(
@@ -130,22 +144,16 @@ class TorchvisionSource:
         except (TypeError, ValueError) as error:
             raise UserError(f"torchvision's {name} refuses {given | part}: {error}") from error
         self.text, self.fingerprint = name, f"torchvision {name} {given | part} {len(self.data)}"
-        labels = getattr(self.data, "targets", None)
-        if labels is None:
-            labels = getattr(self.data, "_labels", None)
-        if labels is None:
-            labels = [self._class(self.data[i][1]) for i in range(len(self.data))]
+        named = (getattr(self.data, k, None) for k in ("targets", "_labels", "labels", "y"))
+        labels = next((x for x in named if x is not None), None)
+        if labels is None:  # only its items tell: each is read once
+            labels = [_class(self.data[i][1]) for i in range(len(self.data))]
         self.labels = torch.as_tensor(labels).long()
         known_names = getattr(self.data, "classes", None)
         count = int(self.labels.max()) + 1
         if name == "FakeData":
             count = self.data.num_classes
         self.class_names = [str(c) for c in known_names or range(count)]
-
-    def _class(self, target: Any) -> int:
-        return (
-            int(target) if isinstance(target, int) or (torch.is_tensor(target) and target.ndim == 0) else -1
-        )
 
     def __len__(self) -> int:
         return len(self.data)
@@ -155,6 +163,11 @@ class TorchvisionSource:
 
     def open(self, i: int) -> Image.Image:
         return self.data[i][0]
+
+
+def _class(target: Any) -> int:
+    whole = isinstance(target, int) or (torch.is_tensor(target) and target.ndim == 0)
+    return int(target) if whole else -1
 
 
 def part_arguments(known: Any, given: dict[str, Any], held_out: bool) -> dict[str, Any]:

@@ -1,0 +1,326 @@
+"""Laws of the data: a batch is a function of its number, whatever the source; what cannot be used is said."""
+
+import importlib.util
+import io
+import tarfile
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from tiltlens.errors import UserError
+from tiltlens.modules import image_sets
+from tiltlens.modules.command_line import run
+from tiltlens.modules.hugging_face_source import as_image
+from tiltlens.modules.image_data import BatchStream, ImageFolderData
+from tiltlens.modules.image_decoding import to_rgb
+from tiltlens.modules.image_shards import expand_braces
+from tiltlens.modules.image_sources import open_source
+from tiltlens.modules.training_cli import TrainingCLI
+
+SIZE = 8
+
+
+def pixels(k: int, side: int = SIZE) -> np.ndarray:
+    return np.random.default_rng(k).integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of 12 images, nested, in three formats."""
+    root = tmp_path / "images"
+    for c, name in enumerate(("cat", "dog")):
+        (root / name / "deep" / "er").mkdir(parents=True)
+        for k in range(12):
+            path = root / name / ("deep/er" if k % 2 else ".") / f"{k}.{('png', 'bmp', 'webp')[k % 3]}"
+            Image.fromarray(pixels(100 * c + k)).save(path, **({"lossless": True} if k % 3 == 2 else {}))
+    return root
+
+
+@pytest.fixture
+def data(folder, tmp_path):
+    def make(train=folder, val=None, **settings):
+        settings = {"size": SIZE, "batch_size": 4, "cache": tmp_path / "cache", **settings}
+        made = ImageFolderData(train, val, **settings)
+        made.setup()
+        return made
+
+    return make
+
+
+def test_colours_and_orientation():
+    """Every kind of image becomes upright 8-bit RGB; alpha lies on white."""
+    colour = Image.fromarray(pixels(0))
+    grey = colour.convert("L")
+    assert np.array_equal(np.asarray(to_rgb(grey)), np.asarray(grey)[..., None].repeat(3, 2))
+    palette = colour.quantize(16)
+    assert np.array_equal(np.asarray(to_rgb(palette)), np.asarray(palette.convert("RGB")))
+    alpha = np.dstack([pixels(0), np.full((SIZE, SIZE), 51, np.uint8)])  # a fifth
+    expected = 0.2 * pixels(0) + 0.8 * 255
+    assert np.abs(np.asarray(to_rgb(Image.fromarray(alpha))) - expected).max() <= 1
+    clear = palette.copy()
+    clear.info["transparency"] = int(np.asarray(palette)[0, 0])
+    assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
+    deep = np.arange(SIZE * SIZE, dtype=np.uint16).reshape(SIZE, SIZE) * 1000
+    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(deep)))[..., 0], (deep / 257).round())
+    turned = Image.fromarray(pixels(0)[:, :4])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90 degrees clockwise to see it upright"
+    stream = io.BytesIO()
+    turned.save(stream, "PNG", exif=exif)
+    upright = np.rot90(pixels(0)[:, :4], -1)
+    assert np.array_equal(np.asarray(to_rgb(Image.open(stream))), upright)
+    with pytest.raises(ValueError, match=r"unknown range"):
+        to_rgb(Image.fromarray(np.zeros((4, 4), np.float32)))
+    with pytest.raises(ValueError, match=r"1, 3 or 4 channels"):
+        as_image(np.zeros((4, 4, 5), np.uint8))
+
+
+def test_folder_is_read_as_it_lies(data, folder):
+    made = data(val=folder)
+    images, labels = made.train_set
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    assert made.class_names == ["cat", "dog"]
+    for path, image, label in zip(files, images, labels):
+        assert np.array_equal(image.permute(1, 2, 0), np.asarray(Image.open(path).convert("RGB")))
+        assert made.class_names[label] == path.relative_to(folder).parts[0]
+
+
+def test_crops_are_squares_of_the_scaled_image(data, tmp_path):
+    """A wide image whose columns tell their place: centre and random crops are where they say."""
+    wide = np.repeat(np.arange(0, 240, 6, dtype=np.uint8)[None, :, None], SIZE, 0).repeat(3, 2)  # 8 x 40
+    (tmp_path / "wide").mkdir()
+    for k in range(8):
+        Image.fromarray(wide).save(tmp_path / "wide" / f"{k}.png")
+    centre = data(tmp_path / "wide", tmp_path / "wide").train_set[0][0]
+    assert np.array_equal(centre[0, 0], wide[0, 16:24, 0])
+    small = data(tmp_path / "wide", tmp_path / "wide", size=4, resize=8).train_set[0][0]
+    assert np.array_equal(small[0, 0], wide[0, 18:22, 0])
+    loader = data(tmp_path / "wide", tmp_path / "wide", crop="random").train_dataloader()
+    lefts = torch.cat([b["image"][:, 0, 0, 0] for b in loader])
+    assert lefts.std() > 0.1
+    assert torch.equal(lefts, torch.cat([b["image"][:, 0, 0, 0] for b in _again(loader)]))
+
+
+def _again(loader: BatchStream) -> BatchStream:
+    loader.load_state_dict({"position": 0})
+    return loader
+
+
+def test_held_out_by_hash(data, folder):
+    """A split without a val folder: disjoint, whole, by seed; a new image moves no other."""
+
+    def names(made):
+        held = {tuple(x.flatten().tolist()) for x in made.val_set[0]}
+        return held, {tuple(x.flatten().tolist()) for x in made.train_set[0]}
+
+    held, kept = names(data(val_n=5))
+    assert len(held) == 5
+    assert len(kept) == 19
+    assert not held & kept
+    assert names(data(val_n=5))[0] == held
+    assert names(data(val_n=5, seed=1))[0] != held
+    assert len(data(val_share=0.25).val_set[1]) == 6
+    Image.fromarray(pixels(999)).save(folder / "cat" / "new.png")
+    assert len(names(data(val_n=5))[0] & held) >= 4
+    with pytest.raises(UserError, match=r"val_n = 25 of 25 images"):
+        data(val_n=25)
+
+
+@pytest.mark.parametrize("crop", ["centre", "random"])
+def test_lazy_is_eager_and_resumes(data, folder, monkeypatch, crop):
+    """A set too large for memory gives the same batches, and batch k whether or not k - 1 was read."""
+    eager = list(data(val=folder).train_dataloader())
+    monkeypatch.setattr(image_sets, "AT_ONCE", 0)
+    loader = data(val=folder, crop=crop, resize=SIZE if crop == "centre" else 10).train_dataloader()
+    whole = list(loader) + list(islice(loader, 2))
+    if crop == "centre":
+        for a, b in zip(eager, whole):
+            assert torch.equal(a["image"], b["image"])
+            assert torch.equal(a["label"], b["label"])
+            assert a["seed"] == b["seed"]
+    later = data(val=folder, crop=crop, resize=loader.images.resize).train_dataloader()
+    later.load_state_dict({"position": 4})
+    for a, b in zip(whole[4:], [*later, *islice(later, 2)]):
+        assert torch.equal(a["image"], b["image"])
+        assert a["seed"] == b["seed"]
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_broken_files(data, folder, tmp_path, monkeypatch, lazy):
+    """Left out, named and counted up to the share; beyond it an error. A cached set tells it again."""
+    monkeypatch.setattr(image_sets, "AT_ONCE", 0 if lazy else 1 << 30)
+    (folder / "dog" / "text.png").write_text("no image")
+    whole = (folder / "dog" / "deep/er" / "3.png").read_bytes()
+    (folder / "dog" / "deep/er" / "3.png").write_bytes(whole[: len(whole) // 2])
+    Image.fromarray(pixels(0, SIZE - 1)).save(folder / "cat" / "small.png")
+
+    def read(share):
+        made = ImageFolderData(
+            folder, folder, size=SIZE, batch_size=4, broken_share=share, cache=tmp_path / "cache"
+        )
+        made.trainer = SimpleNamespace(
+            default_root_dir=tmp_path, is_global_zero=True, lightning_module=None, global_rank=0, world_size=1
+        )
+        made.setup()
+        return made, list(made.train_dataloader())
+
+    for _ in range(2):
+        made, batches = read(0.2)
+        assert len(made.train_set[1]) == (26 if lazy else 23)
+        assert len(batches) == (6 if lazy else 5)
+        log = (tmp_path / "broken_images.txt").read_text()
+        assert "text.png\tcannot identify" in log
+        assert "3.png\t" in log
+        assert "small.png\t7 x 7 pixels, smaller than data.size = 8" in log
+    with pytest.raises(
+        UserError, match=r"cannot be used by now, more than data.broken_share = 0.05 allows"
+    ) as e:
+        read(0.05)
+    assert "broken_images.txt" in str(e.value)
+    assert "lower data.size" in str(e.value)
+
+
+def test_a_broken_image_is_replaced_with_its_own_label(data, folder, monkeypatch):
+    monkeypatch.setattr(image_sets, "AT_ONCE", 0)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    files[11].write_bytes(b"")  # the last cat; the next is a dog
+    made = data(val=folder, broken_share=0.1)
+    images, rows = made.train_set[0].read(torch.tensor([10, 11]))
+    assert rows.tolist() == [10, 12]
+    assert torch.equal(images[1], made.train_set[0][torch.tensor([12])][0])
+
+
+def test_torchvision_by_name(data):
+    made = data("FakeData", "torchvision:FakeData?size=8&num_classes=10")
+    again = data("FakeData", "FakeData")
+    assert len(made.train_set[1]) == 512
+    assert len(made.val_set[1]) == 8
+    assert len(made.class_names) == 10
+    assert torch.equal(made.train_set[0], again.train_set[0])
+    flat = {tuple(x.flatten().tolist()) for x in made.train_set[0]}
+    assert not any(tuple(x.flatten().tolist()) in flat for x in again.val_set[0])
+    theirs = datasets.FakeData(4, (3, SIZE, SIZE), 10)
+    for k, (image, label) in enumerate(theirs):
+        assert made.train_set[1][k] == label
+        assert np.array_equal(made.train_set[0][k].permute(1, 2, 0), np.asarray(image))
+    with pytest.raises(UserError, match=r"CIFAR10\?download=true"):
+        data("CIFAR10", "CIFAR10")  # no download unless asked
+    with pytest.raises(UserError, match=r"has no sise: it has size"):
+        data("FakeData?sise=8")
+    with pytest.raises(UserError, match=r"torchvision.datasets has no 'CIFAR11'"):
+        data("torchvision:CIFAR11")
+
+
+def write_shard(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def png(k: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels(k)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_shards_are_the_folder(data, tmp_path, monkeypatch, lazy):
+    """Images and classes in tar shards come out as they went in, shuffled over all shards."""
+    monkeypatch.setattr(image_sets, "AT_ONCE", 0 if lazy else 1 << 30)
+    for s in range(3):
+        rows = range(8 * s, 8 * s + 8)
+        write_shard(
+            tmp_path / f"part-{s:03d}.tar",
+            [x for k in rows for x in ((f"./{k:04d}.jpg.txt", b"-"), (f"./{k:04d}.png", png(k)), (f"./{k:04d}.cls", b"%d" % (k % 3)))],
+        )  # fmt: skip
+    made = data(f"tar:{tmp_path}/part-{{000..001}}.tar", f"tar:{tmp_path}/part-002.t*r")
+    images, labels = made.train_set
+    assert labels.tolist() == [k % 3 for k in range(16)]
+    for k in range(16):
+        assert np.array_equal(images[torch.tensor([k])][0].permute(1, 2, 0), pixels(k))
+    first = next(iter(made.train_dataloader()))
+    flat = [(pixels(k) / 127.5 - 1).astype(np.float32) for k in range(16)]
+    for image, label in zip(first["image"], first["label"]):
+        k = next(k for k, f in enumerate(flat) if np.allclose(f, image.permute(1, 2, 0), atol=1e-6))
+        assert label == k % 3
+    assert open_source(f"tar:{tmp_path}/part-000.tar", False, 8, tmp_path).name(3) == "part-000.tar/0003"
+    assert expand_braces("a{,b}-{08..10}") == [x + y for x in ("a-", "ab-") for y in ("08", "09", "10")]
+    with pytest.raises(UserError, match=r"no shard at .*part-003.tar"):
+        data(f"tar:{tmp_path}/part-{{000..003}}.tar")
+    whole = (tmp_path / "part-000.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2 - 100])
+    with pytest.raises(UserError, match=r"no whole, uncompressed tar"):
+        data(f"tar:{tmp_path}/cut.tar")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="datasets is installed")
+def test_hugging_face_names_its_package(data):
+    with pytest.raises(UserError, match=r"pip install datasets"):
+        data("hf:owner/name")
+
+
+def test_hugging_face(data, tmp_path):
+    """A table on disk comes out as it went in; splits and columns are found by name or by type."""
+    hub = pytest.importorskip("datasets")
+    features = hub.Features({"pic": hub.Image(), "kind": hub.ClassLabel(names=["a", "b"])})
+
+    def table(n):
+        rows = {"pic": [Image.fromarray(pixels(k)) for k in range(n)], "kind": [k % 2 for k in range(n)]}
+        return hub.Dataset.from_dict(rows, features=features)
+
+    hub.DatasetDict(train=table(8), test=table(4)).save_to_disk(tmp_path / "table")
+    made = data(f"hf:{tmp_path / 'table'}", f"hf:{tmp_path / 'table'}")
+    assert made.class_names == ["a", "b"]
+    assert made.train_set[1].tolist() == [k % 2 for k in range(8)]
+    assert len(made.val_set[1]) == 4
+    assert np.array_equal(made.train_set[0][5].permute(1, 2, 0), pixels(5))
+    with pytest.raises(UserError, match=r"has the splits train, test"):
+        data(f"hf:{tmp_path / 'table'}?split=dev")
+    with pytest.raises(UserError, match=r"no image column 'picture'"):
+        data(f"hf:{tmp_path / 'table'}?image=picture")
+    with pytest.raises(UserError, match=r"hf:owner/name cannot be read"):
+        data("hf:owner/name")  # no download unless asked
+
+
+def test_what_is_no_data_is_said(data, folder, tmp_path):
+    (tmp_path / "empty" / "cat").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no images below .*found no file at all"):
+        data(tmp_path / "empty")
+    (tmp_path / "empty" / "cat" / "a.tif").write_text("")
+    with pytest.raises(UserError, match=r"found .tif"):
+        data(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"no image folder at nowhere"):
+        data("nowhere")
+    with pytest.raises(UserError, match=r"holds 24 images, fewer than data.batch_size = 25"):
+        data(val=folder, batch_size=25)
+    with pytest.raises(UserError, match=r"24 training images on 4 devices: fewer than data.batch_size = 8"):
+        BatchStream(*data(val=folder).train_set, 8, 0, shuffle=True, ranks=4)
+    with pytest.raises(UserError, match=r"crop of data.size = 8 pixels does not fit"):
+        data(resize=7)
+    with pytest.raises(UserError, match=r"8 x 8 pixels, smaller than data.size = 9"):
+        data(size=9)
+    with pytest.raises(UserError, match=r"data.val_share = 1.0: expected a share"):
+        data(val_share=1.0)
+
+
+def test_a_classifier_refuses_images_without_a_class(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    for c in ("cat", "dog"):
+        for path in [p for p in (folder / c).rglob("*") if p.is_file()]:
+            path.rename(folder / f"{c}-{path.name}")
+    args = [
+        "fit", f"--out={tmp_path / 'out'}", "--model=tiltlens.modules.encoder_module.EncoderModule",
+        '--model.model_args={"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 1}',
+        f"--data.train={folder}", f"--data.cache={tmp_path}", "--data.size=8", "--data.batch_size=4",
+        "--trainer.accelerator=cpu", "--trainer.max_steps=1",
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        run(lambda: TrainingCLI(args))
+    assert "has 24 images without a class, and EncoderModule learns classes" in capsys.readouterr().err
