@@ -1,5 +1,6 @@
 """Energy -> steering of a denoiser; one method a file."""
 
+from tiltlens.guidance.amortised import Amortised
 from tiltlens.guidance.calibrated import Calibrated
 from tiltlens.guidance.dps import DPS
 from tiltlens.guidance.exact import Exact
@@ -9,4 +10,4 @@ from tiltlens.guidance.lgd import LGD
 from tiltlens.guidance.moment_matched import MomentMatched
 from tiltlens.guidance.mpgd import MPGD
 
-__all__ = ["DPS", "LGD", "MPGD", "Calibrated", "Exact", "Guidance", "Learned", "MomentMatched"]
+__all__ = ["DPS", "LGD", "MPGD", "Amortised", "Calibrated", "Exact", "Guidance", "Learned", "MomentMatched"]

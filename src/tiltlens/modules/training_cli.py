@@ -6,6 +6,7 @@ OUT/logs/version_N/         metrics.csv, one version a start
 OUT/wandb                   the same for W&B, offline unless --trainer.logger.offline false; --trainer.logger false for none
 OUT/prior or OUT/encoder    the trained network with averaged weights, as the field's libraries read it
 OUT/sae                     a sparse autoencoder, as a unit's address reads it
+OUT/adapter                 a control of one unit, for `--model.guidance Amortised`
 """
 
 import math
@@ -20,6 +21,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from tiltlens.errors import UserError
+from tiltlens.modules.amortise_module import AmortiseModule
 from tiltlens.modules.checkpoints import CheckResumed, StepCheckpoint, WholeCheckpointIO
 from tiltlens.modules.command_line import CommandLine, check_devices
 from tiltlens.modules.encoder_module import EncoderModule
@@ -48,7 +50,7 @@ class SaveAsked(SaveConfigCallback):
 class TrainingCLI(CommandLine):
     """fit and validate for every module here."""
 
-    modules: ClassVar = {"model": (PriorModule, EncoderModule, SparseAutoencoderModule)}
+    modules: ClassVar = {"model": (PriorModule, EncoderModule, SparseAutoencoderModule, AmortiseModule)}
 
     def __init__(self, args: list[str] | None = None):
         quiet = {"exit_on_error": False}
