@@ -3,15 +3,16 @@
     python benchmarks/referee.py [--out figures.json] [--units ADDRESS ...] [--nats 3] [--device cuda] [--quick]
 
 For every unit the referee's burn-in says at which strength KL(q_s||p) is near --nats; its annealed walks go there,
-and are read at four strengths on the way, even in thermodynamic length. Particles (Calibrated guidance) sample the same
-four strengths on other seeds, and MBAR takes their weighted samples together with a pool of unguided ones. Nothing but
-the units' standardisation and the law, p of this chain at strength 0, is shared by particles and referee.
+and are read at three strengths on the way, even in thermodynamic length. Particles (Calibrated guidance) sample the same
+strengths on other seeds, and MBAR takes their weighted samples together with a pool of unguided ones, made once for all
+units. Nothing but the units' standardisation and the law, p of this chain at strength 0, is shared by particles and referee.
 
 KL in nats, +- one standard error (bootstrap over groups of particles, or over walks); in parentheses where the weights
 do not stand for it themselves (see estimates/importance.py). off: the difference from the referee in units of the
 combined standard error. kl_lower <= KL(q^||p) <= path KL bound what the particles sampled, and path KL of the walks what
-the walks did. m(s) of the second table is that of plain Metropolis chains at the largest strength, against the walks.
-The tables go to stdout, progress to stderr.
+the walks did. m(s) of the second table is that of plain Metropolis chains at the largest strength (--chains), against the
+walks. A unit's rows are printed as it ends, and kept in --out: the same call goes on where it was stopped. Tables go to
+stdout, progress to stderr.
 """
 
 import argparse
@@ -34,9 +35,8 @@ from tiltlens.guidance import Calibrated
 from tiltlens.priors import load_prior
 from tiltlens.sampling import NoiseSpace, Particles
 from tiltlens.sampling.burn_in import BurnIn
-from tiltlens.sampling.chain_sampler import Parts
+from tiltlens.sampling.chain_sampler import Independent
 from tiltlens.sampling.equilibrium import equilibrium
-from tiltlens.sampling.pilot import UnitPilot
 from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler
 from tiltlens.units import UnitBank, build_unit
@@ -48,9 +48,10 @@ UNITS = [
     "bundled,layer=blocks.2,tokens=patch,reduction=mean,channel=5",
     "bundled,layer=blocks.4,tokens=cls,channel=40",
 ]
-STRENGTHS = 4
-WALKS, CHAINS = 100_000, 200_000  # first seeds; those of particles begin at 0
+STRENGTHS = 3
+WALKS, CHAINS, POOL = 100_000, 200_000, 500_000  # first seeds; those of particles begin at 0
 TOLERANCE = 3.0  # combined standard errors
+KEPT = ("activation", "z", "energy", "log_w", "path_kl", "finite", "group", "weight", "ancestor")
 
 
 @dataclass
@@ -74,6 +75,12 @@ class Figure:
         return (a[0] - b[0]) / float(np.hypot(a[1], b[1]))
 
 
+class Nothing:
+    """In place of chains that were not asked for."""
+
+    autocorrelation = effective = energy = energy_se = float("nan")
+
+
 class Bench:
     """One prior, one chain, all units; one pool of unguided trajectories."""
 
@@ -87,16 +94,27 @@ class Bench:
         self.sampler = Sampler(
             prior, bank, Linear(), Calibrated(), asked.steps, device=asked.device, method=self.particles
         )
-        pilots = self.sampler.run_pilot(asked.pool, asked.batch_size, lambda k, n: tell(f"pool {k}/{n}"))
-        slopes = [UnitPilot(p.members[: asked.pilot], p.path[:, : asked.pilot]) for p in pilots]
-        self.sampler.calibrate(slopes, [p.members for p in pilots])
-        self.parts = Parts(prior, self.sampler.chain, self.sampler.constraint, self.sampler.guidance, asked.device,
-                           self.sampler.dtype)  # fmt: skip
+        pilots = self.sampler.run_pilot(asked.pilot, asked.batch_size, lambda k, n: tell(f"pilot {k}/{n}"))
+        self.sampler.calibrate(pilots)
+        members = self._unguided()
+        self.sampler.calibrate(pilots, [members[:, u, : unit.size] for u, unit in enumerate(bank.units)])
+        self.parts = self.sampler.parts()
         self.pool = []
-        for unit, pilot, n in zip(bank.units, pilots, self.sampler.constraint.naturals):
-            a = unit.combine((pilot.members - n.member_mean) / n.member_std).double().numpy()
+        for u, (unit, n) in enumerate(zip(bank.units, self.sampler.constraint.naturals)):
+            a = unit.combine((members[:, u, : unit.size] - n.member_mean) / n.member_std).double().numpy()
             z = (a - n.mean) / n.std
             self.pool.append({"energy": -z, "activation": a, "z": z})
+
+    def _unguided(self) -> torch.Tensor:
+        """Raw member activations (N, units, K) of unguided samples."""
+        found, bank, device = [], self.sampler.bank, self.asked.device
+        free = Independent()
+        for seeds in batches(self.asked.pool, self.asked.batch_size):
+            images = free.run(self.sampler.parts(), [Row(0, 0.0, POOL + k) for k in seeds]).images
+            with torch.no_grad():
+                found.append(bank.read_all(images.to(device)).double().cpu())
+            tell(f"pool {seeds.stop}/{self.asked.pool}")
+        return torch.cat(found)
 
     def unit(self, u: int) -> tuple[list[Figure], dict]:
         asked, start = self.asked, time.perf_counter()
@@ -112,46 +130,37 @@ class Bench:
         table = self.sweep(u, strengths)
         seconds.append(time.perf_counter() - start - seconds[0])
         figures = self.figures(u, strengths, energies[:, at], log_w[:, at], table)
-        chains = equilibrium(
-            referee, self.parts, u, top, range(CHAINS, CHAINS + asked.chains), asked.moves, asked.moves // 4,
-            self.tell(f"{self.names[u]}, chains"),
-        )  # fmt: skip
+        chains = None
+        if asked.chains:
+            chains = equilibrium(
+                referee, self.parts, u, top, range(CHAINS, CHAINS + asked.chains), asked.moves, asked.moves // 4,
+                self.tell(f"{self.names[u]}, chains"),
+            )  # fmt: skip
         told = next(d for d in referee.diagnostics() if d["strength"] == top)
         last = run_of(top, energies[:, -1], log_w[:, -1])
         m, m_se = estimate(last, lambda run, counts: tilt(run, top, counts).energy)
         return figures, {
             "unit": self.names[u], "strength": top, "acceptance": [min(told["acceptance"]), max(told["acceptance"])],
-            "beta": told["beta"][-1], "lost": told["lost"], "autocorrelation": chains.autocorrelation,
-            "effective": chains.effective, "m_chains": chains.energy, "m_chains_se": chains.energy_se,
-            "m_walks": m, "m_walks_se": m_se, "seconds_walks": seconds[0], "seconds_particles": seconds[1],
+            "beta": told["beta"][-1], "lost": told["lost"], "autocorrelation": (chains or Nothing).autocorrelation,
+            "effective": (chains or Nothing).effective, "m_chains": (chains or Nothing).energy,
+            "m_chains_se": (chains or Nothing).energy_se, "m_walks": m, "m_walks_se": m_se, "seconds_walks": seconds[0], "seconds_particles": seconds[1],
         }  # fmt: skip
 
     def sweep(self, u: int, strengths: list[float]) -> dict[str, np.ndarray]:
         """The particles' rows at every strength, as columns."""
         columns: dict[str, list] = {}
         size = self.particles.group_size
-        for s in strengths:
-            for g in range(self.asked.groups):
-                rows = [Row(u, s, g * size + k) for k in range(size)]
-                found = self.sampler.sample(
-                    rows,
-                    self.tell(f"{self.names[u]}, particles at {s:.3g}, group {g + 1}/{self.asked.groups}"),
-                )
-                named = {"strength": [r.strength for r in rows], "seed": [r.seed for r in rows]}
-                kept = (
-                    "activation",
-                    "z",
-                    "energy",
-                    "log_w",
-                    "path_kl",
-                    "finite",
-                    "group",
-                    "weight",
-                    "ancestor",
-                )
-                named |= {k: getattr(found, k).numpy() for k in kept}
-                for k, v in named.items():
-                    columns.setdefault(k, []).append(v)
+        rows = [Row(u, s, k) for s in strengths for k in range(self.asked.groups * size)]
+        at_once = max(1, self.asked.batch_size // size) * size
+        for i in range(0, len(rows), at_once):
+            mine = rows[i : i + at_once]
+            found = self.sampler.sample(
+                mine, self.tell(f"{self.names[u]}, particles from {i} of {len(rows)}")
+            )
+            named = {"strength": [r.strength for r in mine], "seed": [r.seed for r in mine]}
+            named |= {k: getattr(found, k).numpy() for k in KEPT}
+            for k, v in named.items():
+                columns.setdefault(k, []).append(v)
         return {k: np.concatenate(v) for k, v in columns.items()}
 
     def figures(self, u: int, strengths: list[float], energies, log_w, table) -> list[Figure]:
@@ -231,18 +240,20 @@ def number(x: float | None, sign: str = "") -> str:
     return "–" if x is None or not np.isfinite(x) else f"{x:{sign}.2f}"
 
 
-def print_figures(figures: list[Figure]) -> None:
-    print(
-        "\n| unit | strength | KL particles | KL MBAR | KL noise space | off particles | off MBAR | kl_lower | path KL "
-        "| path KL walks | ESS particles, MBAR, walks |"
-    )
-    print("|---" * 11 + "|")
+def print_figures(figures: list[Figure], head: bool = True) -> None:
+    if head:
+        print(
+            "\n| unit | strength | KL particles | KL MBAR | KL noise space | off particles | off MBAR | kl_lower | path KL "
+            "| path KL walks | ESS particles, MBAR, walks |"
+        )
+        print("|---" * 11 + "|", flush=True)
     for f in figures:
         kls = [pm(x, sound) for x, sound in zip((f.particles, f.mbar, f.walks), f.sound)]
         ess = ", ".join(f"{x:.0f}" for x in f.ess)
         print(
             f"| {f.unit} | {f.strength:.3g} | {' | '.join(kls)} | {number(f.off('particles'), '+')} | {number(f.off('mbar'), '+')} "
-            f"| {number(f.kl_lower)} | {number(f.path_kl)} | {pm(f.walk_path_kl)} | {ess} |"
+            f"| {number(f.kl_lower)} | {number(f.path_kl)} | {pm(f.walk_path_kl)} | {ess} |",
+            flush=True,
         )
 
 
@@ -272,6 +283,17 @@ def verdict(figures: list[Figure]) -> dict:
         f"\n{said}: {len(both) - len(wrong)} of {len(both)} comparisons in which both sides stand for their weights agree "
         f"within {TOLERANCE:g} combined standard errors; root mean square {rms:.2f}, ideal 1 or less."
     )
+    every = np.array([f.off(name) for f in figures for name in ("particles", "mbar")])
+    every = every[np.isfinite(every)]
+    near = (abs(every) <= TOLERANCE).sum()
+    print(
+        f"Those in parentheses counted too: {near} of {len(every)}; root mean square {np.sqrt(np.mean(every**2)):.2f}."
+    )
+    inside = [f.kl_lower - TOLERANCE * f.particles[1] <= f.particles[0] <= f.path_kl + TOLERANCE * f.particles[1]
+              for f in figures if f.kl_lower is not None and f.path_kl is not None]  # fmt: skip
+    print(
+        f"kl_lower <= KL particles <= path KL, within {TOLERANCE:g} standard errors: {sum(inside)} of {len(inside)} rows."
+    )
     for f, name, off in wrong:
         print(f"- {f.unit}, strength {f.strength:.3g}: {name} off by {off:+.1f}")
     return {"verdict": said, "compared": len(both), "off": len(wrong), "rms": rms}
@@ -286,28 +308,28 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--units", nargs="+", default=UNITS, help="addresses")
     parser.add_argument("--nats", type=float, default=3.0, help="KL at the largest strength, about")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--pool", type=int, default=256, help="unguided samples")
-    parser.add_argument("--pilot", type=int, default=64, help="of the pool, for the slopes of Calibrated")
-    parser.add_argument("--particles", type=int, default=64, help="in a group")
-    parser.add_argument("--groups", type=int, default=4, help="of particles, at each strength")
-    parser.add_argument("--walks", type=int, default=128)
-    parser.add_argument("--levels", type=int, default=32, help="of a walk's ladder, a multiple of 4")
-    parser.add_argument("--final", type=int, default=4, help="further moves at its end")
-    parser.add_argument("--chains", type=int, default=32, help="Metropolis chains at the largest strength")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--pool", type=int, default=1000, help="unguided samples")
+    parser.add_argument("--pilot", type=int, default=64, help="trajectories for the slopes of Calibrated")
+    parser.add_argument("--particles", type=int, default=12, help="in a group")
+    parser.add_argument("--groups", type=int, default=12, help="of particles, at each strength")
+    parser.add_argument("--walks", type=int, default=48, help="of the referee")
+    parser.add_argument("--levels", type=int, default=24, help="of a walk's ladder, a multiple of 3")
+    parser.add_argument("--final", type=int, default=2, help="further moves at its end")
+    parser.add_argument("--chains", type=int, default=0, help="Metropolis chains at the largest strength")
     parser.add_argument(
         "--moves", type=int, default=32, help="of a chain, after a quarter as many to warm up"
     )
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--out", type=Path, help="keep the figures as JSON, unit by unit")
     parser.add_argument("--quick", action="store_true", help="does it run: one unit, a few samples and steps")
     asked = parser.parse_args()
     if asked.quick:
         asked.steps, asked.pool, asked.pilot, asked.particles, asked.groups = 8, 32, 32, 8, 2
-        asked.walks, asked.levels, asked.final, asked.chains, asked.moves = 16, 4, 1, 16, 4
+        asked.walks, asked.levels, asked.final, asked.chains, asked.moves = 16, 3, 1, 16, 4
         asked.batch_size, asked.units, asked.nats = 16, asked.units[:1], 1.0
-    if not 8 <= asked.pilot <= asked.pool:
-        parser.error("expected 8 <= --pilot <= --pool")
+    if min(asked.pilot, asked.pool) < 8:
+        parser.error("expected --pilot >= 8 and --pool >= 8")
     if asked.levels % STRENGTHS:
         parser.error(f"expected --levels a multiple of {STRENGTHS}, found {asked.levels}")
     return asked
@@ -315,30 +337,46 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     asked, start = arguments(), time.perf_counter()
-    bench = Bench(asked)
-    figures, told = [], []
-    for u in range(len(bench.names)):
-        found, walk = bench.unit(u)
-        figures += found
-        told.append(walk)
-        tell(f"{bench.names[u]}: {time.perf_counter() - start:.0f} s", end="\n")
-    seconds = time.perf_counter() - start
-    prior = bench.parts.prior
+    settings = {k: str(v) for k, v in vars(asked).items() if k not in ("units", "out")}
+    held = kept(asked.out, settings)
+    missing = [u for u in asked.units if build_unit(u).name not in held]
+    bench = Bench(asked) if missing else None
     print(
-        f"prior {prior.name} ({prior.fingerprint[:12]}), {asked.precision}, {asked.device}; {asked.steps} steps, eta 1, uniform in "
-        f"log-SNR; {asked.groups} groups of {asked.particles} particles a strength; {asked.walks} walks on {asked.levels} "
-        f"levels; pool of {asked.pool}; {seconds / 60:.1f} minutes"
+        f"prior {asked.prior}, {asked.precision}, {asked.device}; {asked.steps} steps, eta 1, uniform in log-SNR; {asked.groups} "
+        f"groups of {asked.particles} particles a strength; {asked.walks} walks on {asked.levels} levels; pool of {asked.pool}"
         + (" (--quick: the figures mean nothing)" if asked.quick else "")
     )
-    print_figures(figures)
+    figures, told = [], []
+    for u, address in enumerate(asked.units):
+        name = build_unit(address).name
+        if name not in held:
+            rows, walk = bench.unit(u)
+            held[name] = {"rows": [asdict(f) for f in rows], "walk": walk}
+            keep(asked.out, settings, held)
+        figures += [Figure(**f) for f in held[name]["rows"]]
+        told.append(held[name]["walk"])
+        print_figures([f for f in figures if f.unit == name], head=u == 0)
+        tell(f"{name}: {time.perf_counter() - start:.0f} s", end="\n")
     print_walks(told)
-    closing = verdict(figures)
-    if asked.out:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(asked).items()}
-        body = {"settings": settings, "prior_sha256": prior.fingerprint, "seconds": seconds,
-                "rows": [asdict(f) for f in figures], "walks": told, **closing}  # fmt: skip
-        asked.out.write_text(json.dumps(body, indent=1) + "\n")
+    keep(asked.out, settings, held, verdict(figures))
+
+
+def kept(path: Path | None, settings: dict) -> dict:
+    """What an earlier call left: unit -> rows and walk."""
+    if path is None or not path.exists():
+        return {}
+    body = json.loads(path.read_text())
+    if body["settings"] != settings:
+        raise SystemExit(f"{path} holds figures of other settings: give another --out")
+    return body["units"]
+
+
+def keep(path: Path | None, settings: dict, units: dict, closing: dict | None = None) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            json.dumps({"settings": settings, "units": units, **(closing or {})}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
