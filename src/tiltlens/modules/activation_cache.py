@@ -7,6 +7,7 @@ were kept and every pixel: nothing that changes the numbers leaves the name as i
 import hashlib
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import safetensors.torch
@@ -14,11 +15,9 @@ import torch
 from torch import Tensor
 
 from tiltlens.errors import UserError
-from tiltlens.modules.image_data import to_unit_range
+from tiltlens.modules.image_data import Batch
 from tiltlens.units.encoder import Encoder
 from tiltlens.units.readout import positions
-
-AT_ONCE = 256  # images
 
 
 def read_tokens(encoder: Encoder, images: Tensor, layer: str | None, tokens: str | None) -> Tensor:
@@ -28,21 +27,22 @@ def read_tokens(encoder: Encoder, images: Tensor, layer: str | None, tokens: str
 
 def cached_activations(
     encoder: Encoder,
-    images: Tensor,
+    images: Iterable[Batch],
     layer: str | None,
     tokens: str | None,
     per_image: int | None,
     cache: Path,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """images (N, 3, H, W) uint8 -> activations (rows, C) float16, image by image; per_image positions of each, drawn by
-    the number of the image (None: all). Raises ValueError for tokens that the layer has not, UserError for activations
-    beyond float16."""
+    """images: batches {image (B, 3, H, W) in [-1, 1]}, the same at each pass -> activations (rows, C) float16, image by
+    image; per_image positions of each, drawn by the number of the image (None: all). Raises ValueError for tokens that
+    the layer has not, UserError for activations beyond float16."""
     named = (encoder.fingerprint, encoder.input_size, encoder.mean, encoder.std, encoder.interpolation,
-             encoder.num_prefix_tokens, encoder.num_registers, layer, tokens, per_image, tuple(images.shape))  # fmt: skip
+             encoder.num_prefix_tokens, encoder.num_registers, layer, tokens, per_image)  # fmt: skip
     digest = hashlib.sha256(repr(named).encode())
-    for part in images.split(AT_ONCE):
-        digest.update(part.contiguous().numpy())
+    for batch in images:
+        digest.update(f"{tuple(batch['image'].shape)}".encode())
+        digest.update(batch["image"].contiguous().numpy())
     path = cache / f"activations-{digest.hexdigest()[:24]}.safetensors"
     if not path.is_file():
         rows = _encode(encoder.to(device), images, layer, tokens, per_image)
@@ -56,14 +56,13 @@ def cached_activations(
 
 @torch.no_grad()
 def _encode(
-    encoder: Encoder, images: Tensor, layer: str | None, tokens: str | None, per_image: int | None
+    encoder: Encoder, images: Iterable[Batch], layer: str | None, tokens: str | None, per_image: int | None
 ) -> Tensor:
     device = next(encoder.parameters(), torch.zeros(())).device
     generator = torch.Generator().manual_seed(0)
-    kept: Tensor | None = None
-    done = 0
-    for part in images.split(AT_ONCE):
-        h = read_tokens(encoder, to_unit_range(part.to(device)), layer, tokens).cpu()
+    kept = []
+    for batch in images:
+        h = read_tokens(encoder, batch["image"].to(device), layer, tokens).cpu()
         if per_image is not None and per_image < h.shape[1]:
             drawn = torch.rand(h.shape[:2], generator=generator).argsort(1)[:, :per_image]
             h = h.gather(1, drawn[..., None].expand(-1, -1, h.shape[2]))
@@ -75,8 +74,5 @@ def _encode(
                 f"layer {layer or 'output'} of {encoder.name} puts out {found}; activations are cached as float16 "
                 "(up to 65504): take a layer behind a norm"
             )
-        if kept is None:  # one allocation: a second copy may not fit
-            kept = torch.empty(len(images) * h.shape[1], h.shape[2], dtype=torch.float16)
-        kept[done : done + len(rows)] = rows
-        done += len(rows)
-    return kept
+        kept.append(rows)
+    return torch.cat(kept)

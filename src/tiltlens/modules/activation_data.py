@@ -10,6 +10,9 @@ from torch import Tensor
 from tiltlens.errors import UserError
 from tiltlens.modules.image_data import Batch, BatchStream, ImageFolderData
 
+AT_ONCE = 256  # images
+Read = Callable[[BatchStream, Path, torch.device], Tensor]
+
 
 class ActivationData(LightningDataModule):
     """Batches {activation (rows, C) float32, seed}, in the order of `BatchStream`: resumable, by seed and number alone.
@@ -29,13 +32,16 @@ class ActivationData(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self.train_set is not None:
             return
+        self.images.trainer = self.trainer
         self.images.setup(stage)
         strategy = self.trainer.strategy
         if not self.trainer.is_global_zero:
             strategy.barrier("activations")  # the first process fills the cache, the others read it
         train, val = (
-            self.read(images, self.images.cache, strategy.root_device)
-            for images in (self.images.train_set[0], self.images.val_set[0])
+            self.read(
+                BatchStream(*images, AT_ONCE, 0, shuffle=False), self.images.cache, strategy.root_device
+            )
+            for images in (self.images.train_set, self.images.val_set)
         )
         if self.trainer.is_global_zero:
             strategy.barrier("activations")

@@ -25,7 +25,7 @@ from torchmetrics import Metric
 from tiltlens.errors import UserError
 from tiltlens.modules.activation_cache import cached_activations, read_tokens
 from tiltlens.modules.activation_data import ActivationData
-from tiltlens.modules.image_data import Batch, ImageFolderData
+from tiltlens.modules.image_data import Batch, BatchStream, ImageFolderData
 from tiltlens.modules.learning_rate import warm_hold_decay
 from tiltlens.units.near import near
 from tiltlens.units.sources import load_encoder
@@ -81,7 +81,7 @@ class SparseAutoencoderModule(LightningModule):
     def read_data(self, images: ImageFolderData) -> ActivationData:
         """What this module trains on, made of what the command line gives: images."""
 
-        def read(pixels: Tensor, cache: Path, device: torch.device) -> Tensor:
+        def read(pixels: BatchStream, cache: Path, device: torch.device) -> Tensor:
             encoder = load_encoder(self.source["encoder"], self.source["weights"])
             place = self.source["layer"], self.source["tokens"]
             return cached_activations(encoder, pixels, *place, self.per_image, cache, device)
