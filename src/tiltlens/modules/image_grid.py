@@ -1,46 +1,58 @@
-"""A grid of images from a prior in training, the same seeds at every look, as PNG."""
+"""A grid of images from a prior in training, the same seeds at every look, as PNG and on W&B."""
 
 from pathlib import Path
+from typing import Any
 
-import torch
-from diffusers import DDIMScheduler
 from lightning import Callback, LightningModule, Trainer
-from torchvision.utils import save_image
+from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
+from torchvision.utils import make_grid
+
+from tiltlens.metrics.quality import sample_images
+from tiltlens.modules.prior_quality import check_sampled
 
 
 class ImageGrid(Callback):
-    """After each validation writes OUT/grids/step-NNNNNN.png: n images by DDIM (eta = 0), averaged weights.
+    """At each validation writes OUT/grids/step-NNNNNN.png: n images of seeds seed, seed + 1, ..., averaged weights.
 
-    The start noise is drawn once from `seed`: what changes from one picture to the next is the network alone.
+    Any prior that `PriorModule` trains, pixels or latents: the chain of sample.py, `steps` uniform in log-SNR, eta = 0.
+    With a WandbLogger the same picture is its image "grid". What changes from one picture to the next is the
+    network alone. How often: trainer.val_check_interval. Raises UserError for a module that is no prior, and for
+    strategies that shard its weights.
     """
 
     def __init__(self, n: int = 36, steps: int = 20, seed: int = 0):
         self.n, self.steps, self.seed = n, steps, seed
 
-    @torch.no_grad()
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_sampled(self, trainer, pl_module, self.steps)
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
-        module: LightningModule,
-        outputs,
-        batch,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         # In the first batch, not at the end of the epoch: there the average may be swapped out already.
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        scheduler = DDIMScheduler.from_config(module.scheduler.config, timestep_spacing="trailing")
-        scheduler.set_timesteps(self.steps)
-        generator = torch.Generator().manual_seed(self.seed)
-        x = torch.randn((self.n, *batch["image"].shape[1:]), generator=generator).to(module.device)
         with trainer.precision_plugin.forward_context():
-            for t in scheduler.timesteps:
-                x = scheduler.step(module.network(x, t).sample.float(), t, x).prev_sample
+            images = sample_images(
+                pl_module.denoiser,
+                pl_module.decode,
+                range(self.seed, self.seed + self.n),
+                self.steps,
+                eta=0.0,
+                device=pl_module.device,
+            )
+        grid = make_grid(images.add(1).div(2), nrow=max(1, int(self.n**0.5)))
+        pixels = grid.mul(255).round().byte().permute(1, 2, 0).numpy()
         folder = Path(trainer.default_root_dir) / "grids"
         folder.mkdir(parents=True, exist_ok=True)
-        save_image(
-            x.clamp(-1, 1) / 2 + 0.5,
-            folder / f"step-{trainer.global_step:06d}.png",
-            nrow=max(1, int(self.n**0.5)),
-        )
+        Image.fromarray(pixels).save(folder / f"step-{trainer.global_step:06d}.png")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("grid", [pixels], step=trainer.global_step)
