@@ -1,0 +1,156 @@
+"""Laws of prior training: every family learns and comes back as the prior that was trained; latents are encoded once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from lightning import LightningDataModule, Trainer
+from prior_folders import ddpm, edm, flow, write_dit, write_ldm, write_pixel, write_text
+from torch.utils.data import DataLoader
+
+from tiltlens.modules.ema import WarmEMA
+from tiltlens.modules.latents import LatentCache
+from tiltlens.modules.prior_module import LoRA, PriorModule
+from tiltlens.priors import load_prior
+from tiltlens.priors.latent import Codec
+
+TRAINER = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+    "max_steps": 2,
+}
+BATCHES = [
+    {"image": torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(k)) * 2 - 1, "seed": k}
+    for k in (0, 1)
+]
+BLOCKS = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+TINY = {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 4, **BLOCKS}
+KINDS = {
+    "epsilon": lambda folder: write_pixel(folder, ddpm()),
+    "sample": lambda folder: write_pixel(folder, ddpm("sample")),
+    "v": lambda folder: write_pixel(folder, ddpm("v_prediction")),
+    "flow": lambda folder: write_pixel(folder, flow()),
+    "edm": lambda folder: write_pixel(folder, edm()),
+    "quantised latent": write_ldm,
+    "transformer": lambda folder: write_dit(folder, kind="kl"),
+    "text": lambda folder: write_text(folder, flow(), kind="tiny"),
+}
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning", "ignore:.*val_dataloader.*"
+)
+
+
+def train(module, **trainer):
+    Trainer(**{**TRAINER, **trainer}).fit(module, DataLoader(BATCHES, batch_size=None))
+    return module
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_is_the_prior_that_was_trained(kind, lora, tmp_path):
+    torch.manual_seed(0)
+    KINDS[kind](tmp_path / "start")
+    prompt = "a" if kind == "text" else ""
+    module = PriorModule(
+        str(tmp_path / "start"), lora=lora, prompt=prompt, learning_rate=1e-2, latent_cache=tmp_path / "cache"
+    )
+    train(module, callbacks=[WarmEMA(0.5)], accumulate_grad_batches=1)
+    exported = load_prior(str(module.export(tmp_path)), prompt=prompt)
+    before = load_prior(str(tmp_path / "start"), prompt=prompt)
+    assert exported.family == module.family.name == before.family
+    module.eval()
+    with torch.no_grad():
+        for t in (1, len(exported.denoiser.schedule) - 2):
+            x_t = exported.denoiser.schedule.start_std(t) * torch.randn(3, *exported.denoiser.shape)
+            found = exported.denoiser(x_t, t)
+            torch.testing.assert_close(found, module.denoiser(x_t, t), atol=2e-4, rtol=2e-4)
+        assert (found - before.denoiser(x_t, t)).abs().max() > 1e-3  # it has learned
+        torch.testing.assert_close(exported.decode(x_t), module.decode(x_t))
+    assert str(tmp_path) not in (tmp_path / "prior" / "model_index.json").read_text()
+
+
+def test_diffusers_samples_from_exports(tmp_path):
+    write_pixel(tmp_path / "start", ddpm())
+    write_dit(tmp_path / "vae", kind="kl")
+    latent = {"network": {**TINY, "in_channels": 4, "out_channels": 4}, "autoencoder": str(tmp_path / "vae")}
+    for name, start in (("pixel", {"init_from": str(tmp_path / "start")}), ("latent", latent)):
+        module = PriorModule(**start, latent_cache=tmp_path)
+        pipeline = DiffusionPipeline.from_pretrained(module.export(tmp_path / name), use_safetensors=True)
+        pipeline.set_progress_bar_config(disable=True)
+        images = pipeline(batch_size=2, num_inference_steps=3, output_type="np").images
+        assert images.shape == (2, 8, 8, 3)
+
+
+def test_latents_are_encoded_once(tmp_path):
+    write_dit(tmp_path / "start", kind="kl")
+    vae = DiffusionPipeline.from_pretrained(tmp_path / "start", use_safetensors=True).vae
+    images = torch.cat([b["image"] for b in BATCHES])
+    first = LatentCache(Codec(vae), tmp_path)
+    latents = first(images)
+    torch.testing.assert_close(latents, Codec(vae).encode(images), atol=1e-5, rtol=1e-4)
+    assert first.encoded == len(images)
+    torch.testing.assert_close(first(images), latents, rtol=0, atol=0)
+    first.flush()
+    assert not [p for p in tmp_path.rglob(".*") if p.is_file()]
+    second = LatentCache(Codec(vae), tmp_path)  # another run
+    torch.testing.assert_close(second(images.flip(0)), latents.flip(0), rtol=0, atol=0)
+    assert second.encoded == 0
+    second(images.flip(3))
+    assert second.encoded == len(images)
+    with torch.no_grad():
+        vae.quant_conv.weight.mul_(2)
+    other = LatentCache(Codec(vae), tmp_path)
+    assert not torch.allclose(other(images), latents)
+    assert other.folder != first.folder
+
+
+def test_dropout_is_named_by_the_batch(tmp_path):
+    write_pixel(tmp_path, ddpm(), dropout=0.5)
+    losses = []
+    for _ in range(2):
+        module = PriorModule(str(tmp_path))
+        train(module, max_steps=1)
+        losses.append(module.trainer.callback_metrics["train_loss"])
+        torch.rand(3)
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lora": LoRA(targets=("to_qq",))}, "did you mean to_q"),
+        ({"learning_rate": float("nan")}, "learning_rate = nan"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"warmup": 2.0}, "shares of the run"),
+        ({"gamma": -1.0}, "gamma"),
+        ({"prompt": "a horse"}, "reads no text"),
+        ({"init_from": None, "network": {"block_out_channels": [8]}}, "cannot build UNet2DModel"),
+        (
+            {"init_from": None, "scheduler": {"_class_name": "UNet2DModel"}, "network": TINY},
+            "SchedulerMixin of diffusers",
+        ),
+        ({"init_from": None, "network": {**TINY, "in_channels": 1, "out_channels": 1}}, "in_channels = 3"),
+        ({"init_from": "bundeld"}, "Did you mean 'bundled'"),
+    ],
+)
+def test_settings_that_cannot_be_met(settings, words, tmp_path):
+    write_pixel(tmp_path, ddpm())
+    with pytest.raises(ValueError, match=words):
+        PriorModule(**{"init_from": str(tmp_path), **settings})
+
+
+def test_data_of_another_size_is_refused(tmp_path):
+    class Small(LightningDataModule):
+        size = 16
+
+        def train_dataloader(self):
+            return DataLoader(BATCHES, batch_size=None)
+
+    write_pixel(Path(tmp_path), ddpm())
+    with pytest.raises(ValueError, match=r"data\.size = 16: the prior's images have 8 pixels"):
+        Trainer(**TRAINER).fit(PriorModule(str(tmp_path)), Small())
