@@ -251,21 +251,23 @@ def train_on(h, steps, dead=0, **settings):
     return module, trainer.validate(module, datamodule=data, verbose=False)[0]
 
 
-@pytest.mark.parametrize("kind", GATES)
-def test_a_planted_dictionary_is_found(kind):
-    h, directions = planted(16384)
-    settings = {"kind": kind, "latents": 48, "k": 4, "rows": 512, "learning_rate": 1e-2, "dead_after": 30}
-    module, found = train_on(h, 400, **settings)
+@pytest.mark.parametrize(
+    ("kind", "steps", "rate"), [("topk", 200, 2e-2), ("batchtopk", 200, 2e-2), ("jumprelu", 300, 1e-2)]
+)
+def test_a_planted_dictionary_is_found(kind, steps, rate):
+    h, directions = planted(8192)
+    settings = {"kind": kind, "latents": 48, "k": 4, "rows": 256, "learning_rate": rate, "dead_after": 20}
+    module, found = train_on(h, steps, **settings)
     likeness = directions @ nn.functional.normalize(module.sae.decoder, dim=1).detach().T
-    assert likeness.amax(1).median() > 0.95
-    assert found["val_nmse"] < 0.1
-    assert found["val_l0"] == pytest.approx(4, abs=0.8)
+    assert likeness.amax(1).median() > 0.9
+    assert found["val_nmse"] < 0.12
+    assert found["val_l0"] == pytest.approx(4, abs=0.6)
 
 
 def test_dead_latents_are_revived_by_the_auxiliary_loss():
-    h, _ = planted(4096)
-    settings = {"kind": "topk", "latents": 48, "k": 4, "rows": 512, "learning_rate": 2e-2, "dead_after": 5}
-    shares = [train_on(h, 150, dead=24, revival=r, **settings)[1]["val_alive"] for r in (0, 1 / 32)]
+    h, _ = planted(2048)
+    settings = {"kind": "topk", "latents": 48, "k": 4, "rows": 256, "learning_rate": 3e-2, "dead_after": 5}
+    shares = [train_on(h, 100, dead=24, revival=r, **settings)[1]["val_alive"] for r in (0, 1 / 32)]
     assert shares[0] <= 0.5
     assert shares[1] >= 0.8
 

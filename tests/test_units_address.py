@@ -18,6 +18,9 @@ UNITS = st.one_of(
     st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=4),
     NAMES.map("class={}".format),
     NAMES.filter(lambda s: not s.startswith("[")).map("direction={}".format),
+    st.tuples(
+        NAMES.filter(str.strip).map(str.strip), st.integers(0, 10**6), st.sampled_from(["", ":gated"])
+    ).map(lambda parts: "sae={}#{}{}".format(*parts)),
 )
 
 
@@ -59,6 +62,8 @@ def test_slugs_are_unique_and_safe_for_a_file_system(many):
         ("bundled,unit=channel=37", Address(unit="channel=37")),
         ("e,layer=b.1,direction=[1, -0.5]", Address("e", layer="b.1", unit=[1, -0.5])),
         ("e,layer=b.1,tokens=cell:2:5,channel=0", Address("e", layer="b.1", tokens="2,5", unit=0)),
+        ("sae=bundled#17", Address(unit="sae=bundled#17")),
+        ("bundled, sae=runs/a=b#1/sae#007:gated", Address(unit="sae=runs/a=b#1/sae#7:gated")),
         ("bundled,class=great white shark", Address(unit="class=great white shark")),
         ('bundled,class="goldfish, Carassius auratus"', Address(unit="class=goldfish, Carassius auratus")),
     ],
@@ -77,6 +82,10 @@ def test_forms_of_one_address(left, right):
         ("bundled,layer=b", "names one unit"),
         ("bundled,channel=3,class=horse", "names one unit"),
         ("bundled,channel=-3", "0 or above"),
+        ("bundled,sae=bundled", "expected FOLDER#LATENT"),
+        ("bundled,sae=bundled#-1", "expected FOLDER#LATENT"),
+        ("bundled,sae=bundled#1:gate", "expected FOLDER#LATENT"),
+        ("bundled,sea=bundled#1", "sae"),
         ("bundled,channel=1,channel=2", "twice"),
         ("bundled,layer=b,tokens=map,channel=3", "reduction=mean"),
         ("bundled,layer=b,class=horse", "leave it out"),

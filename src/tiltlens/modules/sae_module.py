@@ -1,6 +1,6 @@
 """Training of a sparse autoencoder (`units.sparse_autoencoder`) on an encoder's cached activations.
 
-    L = |x - x_hat|^2 / C  +  revival |e - e_hat|^2 / C  (+ (L0/k - 1)^2 / 10 for jumprelu),   e = x - x_hat (a constant)
+    L = |x - x_hat|^2 / C  +  revival |e - e_hat|^2 / C  (+ (L0/k - 1)^2 for jumprelu),   e = x - x_hat (a constant)
 
 x is normalised to a mean square of 1 an entry over the training set, so that the first term is the normalised MSE.
 
@@ -102,7 +102,7 @@ class SparseAutoencoderModule(LightningModule):
         nmse, on = error.square().mean(), opened.sum(1).mean()
         loss = nmse
         if sae.kind == "jumprelu":
-            loss = loss + 0.1 * (on / sae.k - 1) ** 2
+            loss = loss + (on / sae.k - 1) ** 2
         self.idle = torch.where(opened.detach().any(0), 0, self.idle + 1)
         dead = self.idle >= self.dead_after
         if self.revival and dead.any():
