@@ -1,10 +1,9 @@
-"""How good a prior and an encoder are, on held-out images: the numbers of the bundled cards.
+"""How good an encoder is, on held-out images: the numbers of the bundled encoder's card.
 
     python benchmarks/bundle_quality.py --data data/cifar10/test [--prior DIR] [--encoder DIR] [--n 2000]
 
-Prior: the error of x0_hat, the mean of |x0_hat - x_0|^2 per value in [-1, 1], by bins of log-SNR (t uniform
-on the table, noise by seed), and the min-SNR-5 loss it was trained on. Encoder: top-1 on the images as they
-are, after a low-pass to 16 and to 8 pixels, and on the prior's x0_hat in each bin: what guidance shows it.
+Top-1 on the images as they are, after a low-pass to 16 and to 8 pixels, and on a prior's x0_hat in each bin of
+log-SNR: what guidance shows it. The prior's own figures: benchmarks/prior_quality.py.
 """
 
 import argparse
@@ -14,10 +13,11 @@ from pathlib import Path
 import timm
 import torch
 
+from tiltlens.metrics.denoising_error import denoised
 from tiltlens.modules.denoising import LOG_SNR_EDGES, bin_names
 from tiltlens.modules.encoder_module import low_pass
 from tiltlens.modules.image_data import read_images, to_unit_range
-from tiltlens.modules.prior_module import PriorModule
+from tiltlens.priors import load_prior
 
 BUNDLED = Path(__file__).parents[1] / "src" / "tiltlens" / "bundled"
 BATCH = 100
@@ -28,23 +28,6 @@ def held_out(root: Path, n: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]
     images, labels, names = read_images(str(root), 32)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:n]
     return to_unit_range(images[order]), labels[order], names
-
-
-@torch.no_grad()
-def denoised(prior: PriorModule, x_0: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x0_hat (N, 3, H, W), log-SNR (N,)) at times that cover the table evenly."""
-    scheduler, kind = prior.scheduler, prior.scheduler.config.prediction_type
-    generator = torch.Generator().manual_seed(seed)
-    length = len(scheduler.alphas_cumprod)
-    t = ((torch.arange(len(x_0)) + torch.rand(len(x_0), generator=generator)) * length / len(x_0)).long()
-    x_t = scheduler.add_noise(x_0, torch.randn(x_0.shape, generator=generator), t)
-    alpha = scheduler.alphas_cumprod[t].sqrt()[:, None, None, None]
-    sigma = (1 - alpha**2).sqrt()
-    f = torch.cat([prior.network(a, b).sample for a, b in zip(x_t.split(BATCH), t.split(BATCH))])
-    x0_hat = {"v_prediction": alpha * x_t - sigma * f, "epsilon": (x_t - sigma * f) / alpha, "sample": f}[
-        kind
-    ]
-    return x0_hat, 2 * (alpha / sigma).log().flatten()
 
 
 @torch.no_grad()
@@ -72,18 +55,12 @@ def main() -> None:
     images, labels = images[: asked.n_prior], labels[: asked.n_prior]
     for width in (16, 8):
         print(f"encoder top-1 % low-passed to {width} px: {top1(encoder, low_pass(images, width), labels)}")
-    prior = PriorModule(init_from=asked.prior).eval()
-    x0_hat, log_snr = denoised(prior, images, seed=0)
-    error = (x0_hat - images).square().flatten(1).mean(1)
-    loss = log_snr.exp().clamp(max=5.0) * error
-    print(f"prior min-SNR-5 loss ({len(labels)}): {loss.mean():.4f} +- {loss.std() / len(loss) ** 0.5:.4f}")
-    print("log-SNR | images | error of x0_hat | encoder top-1 % on x0_hat")
+    x0_hat, log_snr = denoised(load_prior(str(asked.prior)), images)
+    print("log-SNR of the prior's x0_hat | images | encoder top-1 % on it")
     which = torch.bucketize(log_snr, torch.tensor(LOG_SNR_EDGES))
     for k, name in enumerate(bin_names()):
         rows = which == k
-        spread = error[rows].std() / rows.sum() ** 0.5
-        score = top1(encoder, x0_hat[rows], labels[rows])
-        print(f"{name} | {int(rows.sum())} | {error[rows].mean():.4f} +- {spread:.4f} | {score}")
+        print(f"{name} | {int(rows.sum())} | {top1(encoder, x0_hat[rows], labels[rows])}")
 
 
 if __name__ == "__main__":
