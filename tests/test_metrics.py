@@ -1,7 +1,12 @@
 """Laws of the metrics: closed forms, nothing where there is nothing, copies are found, batches do not matter."""
 
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+from prior_folders import write_pixel
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from tiltlens.denoiser import NetworkDenoiser, parametrisation
@@ -14,6 +19,7 @@ from tiltlens.metrics import (
     quality,
     sample_images,
 )
+from tiltlens.metrics.denoising_error import denoised
 from tiltlens.metrics.distances import _Given
 from tiltlens.priors import load_prior
 from tiltlens.schedule import Schedule
@@ -149,14 +155,51 @@ def test_samples_are_named_by_seed():
     whole = sample_images(prior.denoiser, prior.decode, range(3), steps=2, eta=1.0)
     assert torch.equal(whole[2:], sample_images(prior.denoiser, prior.decode, [2], steps=2, eta=1.0))
     assert torch.equal(whole, (whole * 127.5 + 127.5).round() / 127.5 - 1)
-    schedule, std = Schedule.from_log_snr(torch.linspace(9, -9, 200)), 0.3
-    alpha, sigma = schedule.alpha, schedule.sigma
+    x = sample_images(gaussian(0.3), lambda z: z, range(50), steps=60, eta=0.0)
+    assert x.std() == pytest.approx(0.3, rel=0.05)  # 3,200 numbers: four standard errors of their deviation
 
-    def velocity(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:  # E[x_0 | x_t] in terms of v
-        a, s = alpha[time.long()].view(-1, 1, 1, 1).float(), sigma[time.long()].view(-1, 1, 1, 1).float()
-        clean = a * std**2 * x / (a**2 * std**2 + s**2)
-        return (a * x - clean) / s
 
-    denoiser = NetworkDenoiser(velocity, schedule, (1, 8, 8), **parametrisation("v_prediction", schedule))
-    x = sample_images(denoiser, lambda z: z, range(50), steps=60, eta=0.0)
-    assert x.std() == pytest.approx(std, rel=0.05)  # 3,200 numbers: four standard errors of their deviation
+def gaussian(std: float) -> NetworkDenoiser:
+    """E[x_0 | x_t] = alpha std^2 x_t / (alpha^2 std^2 + sigma^2) for x_0 ~ N(0, std^2 I), as a v-prediction."""
+    schedule = Schedule.from_log_snr(torch.linspace(9, -9, 200))
+    alpha, sigma = (table.float().view(-1, 1, 1, 1) for table in (schedule.alpha, schedule.sigma))
+
+    def velocity(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        a, s = alpha[time.long()], sigma[time.long()]
+        return (a * x - a * std**2 * x / (a**2 * std**2 + s**2)) / s
+
+    return NetworkDenoiser(velocity, schedule, (1, 8, 8), **parametrisation("v_prediction", schedule))
+
+
+def test_denoising_error_is_the_closed_form():
+    """E |x0_hat - x_0|^2 = std^2 sigma^2 / (alpha^2 std^2 + sigma^2) for a Gaussian, at every noise level."""
+    std, denoiser = 0.3, gaussian(0.3)
+    x_0 = std * normal(600, 1, 8, 8).float()
+    x0_hat, log_snr = denoised(SimpleNamespace(denoiser=denoiser), x_0)
+    assert log_snr.diff().max() <= 0  # the times cover the table evenly
+    a2, s2 = torch.sigmoid(log_snr), torch.sigmoid(-log_snr)
+    expected = std**2 * s2 / (a2 * std**2 + s2)
+    ratio = (x0_hat - x_0).square().flatten(1).mean(1) / expected  # mean of 64 chi^2 of one degree
+    for part in ratio.chunk(6):
+        assert abs(part.mean() - 1) < 4 * (2 / 64 / len(part)) ** 0.5
+
+
+def test_the_command_prints_what_a_card_states(tmp_path, monkeypatch, capsys):
+    write_pixel(tmp_path / "prior")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = Path(__file__).parents[1] / "benchmarks" / "prior_quality.py"
+    data = ["--data", "FakeData?size=16", "--n", "12", "--steps", "2", "--device", "cpu"]
+    printed = []
+    for more in (["--train", "FakeData?size=30"], ["--train", "FakeData?size=30"], []):
+        monkeypatch.setattr("sys.argv", [str(path), "--prior", str(tmp_path / "prior"), *data, *more])
+        runpy.run_path(str(path), run_name="__main__")
+        lines = capsys.readouterr().out.splitlines()
+        printed.append([line for line in lines if "processor time" not in line])
+    assert printed[0] == printed[1]
+    names = [line.split(":")[0] for line in printed[0]]
+    for name in ("kid_n12", "kid_floor_n12", "frechet_n12", "frechet_floor_n12", "nearer_n12", "copied_n12"):
+        assert name in names
+    assert any(line.startswith("min-SNR-5 loss (16 images)") for line in printed[0])
+    halves = [line.split(":")[0] for line in printed[2]]
+    assert "kid_n8" in halves
+    assert not any(name.startswith(("nearer", "copied")) for name in halves)

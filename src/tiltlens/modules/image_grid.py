@@ -39,15 +39,10 @@ class ImageGrid(Callback):
         # In the first batch, not at the end of the epoch: there the average may be swapped out already.
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
             return
-        with trainer.precision_plugin.forward_context():
-            images = sample_images(
-                pl_module.denoiser,
-                pl_module.decode,
-                range(self.seed, self.seed + self.n),
-                self.steps,
-                eta=0.0,
-                device=pl_module.device,
-            )
+        seeds = range(self.seed, self.seed + self.n)
+        images = sample_images(
+            pl_module.denoiser, pl_module.decode, seeds, self.steps, eta=0.0, device=pl_module.device
+        )
         grid = make_grid(images.add(1).div(2), nrow=max(1, int(self.n**0.5)))
         pixels = grid.mul(255).round().byte().permute(1, 2, 0).numpy()
         folder = Path(trainer.default_root_dir) / "grids"

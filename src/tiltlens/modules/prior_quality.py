@@ -21,7 +21,8 @@ class PriorQuality(Callback):
     encoder: whose features, a name as in a unit's address. n: samples, held-out and training images compared; fewer
     where the data has fewer, and N says how many. neighbours: training images among which copies are looked for.
     steps, eta, seed: of the samples. With the averaged weights, before the first step and then at the first
-    validation that is every_n_steps steps later; always by `train.py validate`. Several devices share the samples.
+    validation that is every_n_steps steps later; always by `train.py validate`. In float32, whatever training's
+    precision, as the exported prior is sampled. Several devices share the samples.
 
     Raises UserError for a module that is no prior, an unknown encoder, data of fewer than 3 images, and strategies that
     shard the weights.
@@ -105,10 +106,9 @@ class PriorQuality(Callback):
             self._real = {k: self._read(self._sets[k], n, device) for k, n in rows.items()}
         each = -(-self.n // trainer.world_size)
         first = self.seed + each * trainer.global_rank
-        with trainer.precision_plugin.forward_context():
-            images = sample_images(
-                pl_module.denoiser, pl_module.decode, range(first, first + each), self.steps, self.eta, device
-            )
+        images = sample_images(
+            pl_module.denoiser, pl_module.decode, range(first, first + each), self.steps, self.eta, device
+        )
         drawn = self._features.of(images.split(READ), device)
         if trainer.world_size > 1:
             drawn = pl_module.all_gather(drawn.to(device)).flatten(0, 1).cpu()
