@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tiltlens.modules import activation_cache
-from tiltlens.modules.activation_data import ActivationData
+from tiltlens.modules.activation_data import ActivationData, ImagesInTurn
 from tiltlens.modules.command_line import run
 from tiltlens.modules.image_data import BatchStream, ImageFolderData, to_unit_range
 from tiltlens.modules.sae_module import BANDWIDTH, SparseAutoencoderModule, Step, moments
@@ -212,6 +212,21 @@ def test_activations_are_encoded_once(trained, folder, tmp_path, monkeypatch):
             cached(**other)
 
 
+def test_the_images_that_are_encoded_are_drawn_once():
+    pictures, numbers = torch.zeros(700, 3, 1, 1, dtype=torch.uint8), torch.arange(700)
+
+    def passes(n, times):
+        chosen = ImagesInTurn(pictures, numbers, seed=3, n=n)
+        return [torch.cat([batch["label"] for batch in chosen]).tolist() for _ in range(times)]
+
+    assert passes(None, 1) == passes(700, 1) == [list(range(700))]
+    one, two = passes(600, 2)
+    assert one == two
+    assert len(set(one)) == len(one) == 512
+    assert one != sorted(one)
+    assert len(passes(100, 1)[0]) == 100
+
+
 class Flat(nn.Module):
     """An encoder of one vector an image; of use here for its 24 channels."""
 
@@ -246,7 +261,7 @@ def train_on(h, steps, dead=0, **settings):
     images = SimpleNamespace(setup=lambda stage: None, cache=None, seed=0, **sets)
     trainer = Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
                       enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)  # fmt: skip
-    data = ActivationData(images, lambda stream, *_: stream.images, settings["rows"])
+    data = ActivationData(images, lambda chosen, *_: chosen.images, settings["rows"])
     trainer.fit(module, datamodule=data)
     return module, trainer.validate(module, datamodule=data, verbose=False)[0]
 

@@ -1,6 +1,7 @@
 """Batches of an encoder's activations, made of a data module of images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -8,24 +9,37 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from tiltlens.errors import UserError
-from tiltlens.modules.image_data import Batch, BatchStream, ImageFolderData
+from tiltlens.modules.image_data import Batch, BatchStream, ImageFolderData, Images
 
 AT_ONCE = 256  # images
-Read = Callable[[BatchStream, Path, torch.device], Tensor]
+Read = Callable[[Iterable[Batch], Path, torch.device], Tensor]
+
+
+class ImagesInTurn:
+    """Batches of images, the same at each pass: all in their order, or the first `n` of the permutation that is `seed`'s."""
+
+    def __init__(self, images: Images, labels: Tensor, seed: int = 0, n: int | None = None):
+        self.images, self.labels, self.seed = images, labels, seed
+        self.n = None if n is None or n >= len(labels) else n
+
+    def __iter__(self) -> Iterator[Batch]:
+        size = AT_ONCE if self.n is None else min(AT_ONCE, self.n)
+        stream = BatchStream(self.images, self.labels, size, self.seed, shuffle=self.n is not None)
+        batches = None if self.n is None else self.n // size
+        yield from islice(stream, batches)
 
 
 class ActivationData(LightningDataModule):
     """Batches {activation (rows, C) float32, seed}, in the order of `BatchStream`: resumable, by seed and number alone.
 
-    images: gives the images, the cache folder and the seed. read: uint8 images (N, 3, H, W), cache folder, device ->
-    activations. rows: of a batch. Raises UserError for fewer activations than a batch has rows.
+    images: gives the images, the cache folder and the seed. read: images, cache folder, device -> activations. rows: of
+    a batch. first: so many training images, drawn by the seed; None for all. Raises UserError for fewer activations than
+    a batch has rows.
     """
 
-    def __init__(
-        self, images: ImageFolderData, read: Callable[[Tensor, Path, torch.device], Tensor], rows: int
-    ):
+    def __init__(self, images: ImageFolderData, read: Read, rows: int, first: int | None = None):
         super().__init__()
-        self.images, self.read, self.rows = images, read, rows
+        self.images, self.read, self.rows, self.first = images, read, rows, first
         self.class_names: list[str] = []
         self.train_set: Tensor | None = None
 
@@ -37,12 +51,9 @@ class ActivationData(LightningDataModule):
         strategy = self.trainer.strategy
         if not self.trainer.is_global_zero:
             strategy.barrier("activations")  # the first process fills the cache, the others read it
-        train, val = (
-            self.read(
-                BatchStream(*images, AT_ONCE, 0, shuffle=False), self.images.cache, strategy.root_device
-            )
-            for images in (self.images.train_set, self.images.val_set)
-        )
+        where = self.images.cache, strategy.root_device
+        train = self.read(ImagesInTurn(*self.images.train_set, self.images.seed, self.first), *where)
+        val = self.read(ImagesInTurn(*self.images.val_set), *where)
         if self.trainer.is_global_zero:
             strategy.barrier("activations")
         if len(train) // self.trainer.world_size < self.rows:

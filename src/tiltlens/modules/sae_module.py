@@ -13,6 +13,7 @@ running mean, is the threshold at use. jumprelu H(pre - theta), whose derivative
 width BANDWIDTH (Rajamanoharan et al. 2024); theta starts where batchtopk's would.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torchmetrics import Metric
 from tiltlens.errors import UserError
 from tiltlens.modules.activation_cache import cached_activations, read_tokens
 from tiltlens.modules.activation_data import ActivationData
-from tiltlens.modules.image_data import Batch, BatchStream, ImageFolderData
+from tiltlens.modules.image_data import Batch, ImageFolderData
 from tiltlens.modules.learning_rate import warm_hold_decay
 from tiltlens.units.near import near
 from tiltlens.units.sources import load_encoder
@@ -36,8 +37,9 @@ TRAINABLE_TOKENS = ("patch", "cls", "register", "all")
 
 
 class SparseAutoencoderModule(LightningModule):
-    """encoder, weights, layer, tokens: as in a unit's address; tokens null for a layer of one vector an image. per_image:
-    positions kept of each image (null: all). kind, latents, k: of the autoencoder. rows: activations a batch. learning_rate:
+    """encoder, weights, layer, tokens: as in a unit's address; tokens null for a layer of one vector an image. images:
+    so many training images, drawn by data.seed, in whole batches of 256 (null: all). per_image: positions kept of each
+    (null: all). kind, latents, k: of the autoencoder. rows: activations a batch. learning_rate:
     Adam's peak; warm-up over the share `warmup` of all steps, linear to 0 over the last share `decay`. revival, dead_after:
     see the module. Raises UserError or ValueError, with near names, for what the encoder or the autoencoder has not."""
 
@@ -47,6 +49,7 @@ class SparseAutoencoderModule(LightningModule):
         weights: str | None = None,
         layer: str | None = "blocks.3",
         tokens: str | None = "patch",
+        images: int | None = None,
         per_image: int | None = 16,
         kind: str = "batchtopk",
         latents: int = 1024,
@@ -61,7 +64,12 @@ class SparseAutoencoderModule(LightningModule):
         super().__init__()
         if tokens is not None and tokens not in TRAINABLE_TOKENS:
             raise UserError(f"model.tokens = {tokens!r}; {near(tokens, TRAINABLE_TOKENS)}")
-        for name, value in (("per_image", per_image), ("rows", rows), ("dead_after", dead_after)):
+        for name, value in (
+            ("images", images),
+            ("per_image", per_image),
+            ("rows", rows),
+            ("dead_after", dead_after),
+        ):
             if value is not None and value < 1:
                 raise UserError(f"model.{name} = {value}: expected 1 or above")
         source = load_encoder(encoder, weights)
@@ -72,7 +80,7 @@ class SparseAutoencoderModule(LightningModule):
         self.sae = SparseAutoencoder(kind, channels, latents, k)
         self.source = {"encoder": encoder, "weights": weights, "encoder_sha256": source.fingerprint,
                        "layer": layer, "tokens": tokens}  # fmt: skip
-        self.per_image, self.rows = per_image, rows
+        self.images, self.per_image, self.rows = images, per_image, rows
         self.learning_rate, self.warmup, self.decay = learning_rate, warmup, decay
         self.revival, self.dead_after = revival, dead_after
         self.held_out = SparsityMetrics(latents)
@@ -81,12 +89,12 @@ class SparseAutoencoderModule(LightningModule):
     def read_data(self, images: ImageFolderData) -> ActivationData:
         """What this module trains on, made of what the command line gives: images."""
 
-        def read(pixels: BatchStream, cache: Path, device: torch.device) -> Tensor:
+        def read(pixels: Iterable[Batch], cache: Path, device: torch.device) -> Tensor:
             encoder = load_encoder(self.source["encoder"], self.source["weights"])
             place = self.source["layer"], self.source["tokens"]
             return cached_activations(encoder, pixels, *place, self.per_image, cache, device)
 
-        return ActivationData(images, read, self.rows)
+        return ActivationData(images, read, self.rows, self.images)
 
     def setup(self, stage: str) -> None:
         """The normalisation of the training set; a checkpoint, read after this, holds the same."""
