@@ -1,9 +1,9 @@
-"""Half-precision copies of a trained prior and encoder: what src/tiltlens/bundled/ holds.
+"""Half-precision copies of a trained prior, encoder and sparse autoencoder: what src/tiltlens/bundled/ holds.
 
     python benchmarks/make_bundle.py --prior runs/prior-cifar10/prior --encoder runs/encoder-cifar10/encoder
 
 Weights are rounded to float16, all else is copied; readers cast them up to float32 again. The card of each
-folder (README.md) is left alone: write there what benchmarks/bundle_quality.py prints.
+folder (README.md) is left alone: write there what benchmarks/bundle_quality.py and sae_quality.py print.
 """
 
 import argparse
@@ -41,9 +41,10 @@ if __name__ == "__main__":
     )
     parser.add_argument("--prior", type=Path, help="a diffusers folder, as train.py exports it")
     parser.add_argument("--encoder", type=Path, help="a timm local-dir folder, as train.py exports it")
+    parser.add_argument("--sae", type=Path, help="a sparse autoencoder's folder, as train.py exports it")
     parser.add_argument("--to", type=Path, default=BUNDLED)
     asked = parser.parse_args()
-    for name, source in (("prior", asked.prior), ("encoder", asked.encoder)):
+    for name, source in (("prior", asked.prior), ("encoder", asked.encoder), ("sae", asked.sae)):
         if source is not None:
             if not source.is_dir():
                 parser.error(f"--{name} {source}: no such folder")
