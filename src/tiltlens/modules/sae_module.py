@@ -37,11 +37,14 @@ TRAINABLE_TOKENS = ("patch", "cls", "register", "all")
 
 
 class SparseAutoencoderModule(LightningModule):
-    """encoder, weights, layer, tokens: as in a unit's address; tokens null for a layer of one vector an image. images:
-    so many training images, drawn by data.seed, in whole batches of 256 (null: all). per_image: positions kept of each
-    (null: all). kind, latents, k: of the autoencoder. rows: activations a batch. learning_rate:
-    Adam's peak; warm-up over the share `warmup` of all steps, linear to 0 over the last share `decay`. revival, dead_after:
-    see the module. Raises UserError or ValueError, with near names, for what the encoder or the autoencoder has not."""
+    """A `SparseAutoencoder` and its training; give it image data (`TrainingCLI` does, by `read_data`).
+
+    encoder, weights, layer, tokens: as in a unit's address; tokens null for a layer of one vector an image. images: so
+    many training images, drawn by data.seed, in whole batches of 256 (null: all). per_image: positions kept of each
+    (null: all). kind, latents, k: of the autoencoder. rows: activations a batch. learning_rate: Adam's peak; warm-up over
+    the share `warmup` of all steps, linear to 0 over the last share `decay`. revival, dead_after: see the module.
+    Raises UserError or ValueError, with near names, for what the encoder or the autoencoder has not.
+    """
 
     def __init__(
         self,
