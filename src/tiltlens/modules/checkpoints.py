@@ -9,6 +9,7 @@
 import hashlib
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -64,15 +65,23 @@ class StepCheckpoint(ModelCheckpoint):
 
 
 class CheckResumed(Callback):
-    """Raises UserError where the checkpoint to resume from does not fit the module, with the keys that differ."""
+    """Holds the checkpoint to resume from against the module before it is loaded; and ends an epoch that was over.
+
+    asked: --ckpt_path. Raises UserError where keys or shapes differ, and names them.
+    """
+
+    def __init__(self, asked: str | None):
+        self.asked = asked
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        path = trainer.ckpt_path
+        path = self.asked
+        if path == "last":
+            path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         if path is None or not Path(path).is_file():  # Lightning says what else may be wrong with it
             return
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
             raise UserError(f"{path} is no whole checkpoint ({_first_line(error)})") from error
         expected, frozen = pl_module.state_dict(), _frozen(pl_module)
         missing = [n for n in expected if n not in found and n not in frozen]
@@ -89,6 +98,16 @@ class CheckResumed(Callback):
                 f"{path} is a checkpoint of another architecture than this {type(pl_module).__name__}. Keys: {told}. "
                 "Resume with the config of its run (config.yaml beside its folder), or leave --ckpt_path out"
             )
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Lightning resumes a checkpoint of an epoch's end inside that epoch, one batch too long: with accumulated
+        # gradients that batch would be a step of its own.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        if progress["is_last_batch"] and progress["current"]["completed"] == progress["current"]["ready"]:
+            progress["is_last_batch"] = False
+            progress["current"] = dict.fromkeys(progress["current"], 0)
 
 
 def _few(names: list[str], n: int = 3) -> str:

@@ -73,6 +73,9 @@ class TrainingCLI(CommandLine):
         names = ("fit", "validate")
         return {name: LightningCLI.subcommands()[name] for name in names}
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: LightningCLI would load the checkpoint to look for settings, and ours are in config.yaml."""
+
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         if hasattr(self.model, "read_data"):  # a module may train on what it makes of the images
@@ -90,7 +93,8 @@ class TrainingCLI(CommandLine):
         config = self._get(self.config_init, "trainer")
         check_devices(config["devices"])
         check_gradients(config["gradient_clip_val"], config["accumulate_grad_batches"])
-        config["callbacks"] = [*(config["callbacks"] or []), CheckResumed(), StepMonitor(), *checkpoints]
+        resumed = CheckResumed(self._get(self.config, "ckpt_path"))
+        config["callbacks"] = [*(config["callbacks"] or []), resumed, StepMonitor(), *checkpoints]
         config["default_root_dir"] = out
         if not str(config["strategy"]).startswith(SHARDED):  # these have checkpoints of their own
             config["plugins"] = [*_listed(config["plugins"]), WholeCheckpointIO()]

@@ -1,0 +1,234 @@
+"""Laws of stopping: killed, out of disk or out of numbers, a run goes on from its last whole checkpoint as if nothing had been."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from prior_folders import ddpm, write_pixel
+
+from tiltlens.modules.command_line import run
+from tiltlens.modules.image_data import BatchStream
+from tiltlens.modules.training_cli import TrainingCLI
+from tiltlens.priors import load_prior
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+SIZE, BATCH, EPOCH = 8, 8, 5  # steps of an epoch
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments(monkeypatch):
+    """LightningCLI warns where arguments come from Python while the process (pytest) has its own."""
+    monkeypatch.setattr("sys.argv", ["train.py"])
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A tiny prior, images to go on with, and the arguments that both need."""
+    root, rng = tmp_path_factory.mktemp("start"), np.random.default_rng(0)
+    write_pixel(root / "prior", ddpm("v_prediction"))
+    (root / "images").mkdir()
+    for k in range(BATCH * EPOCH):
+        Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)).save(
+            root / "images" / f"{k}.png"
+        )
+    return root
+
+
+def arguments(start, out, steps, *more):
+    return [
+        "fit",
+        f"--out={out}",
+        "--model=tiltlens.modules.prior_module.PriorModule",
+        f"--model.init_from={start / 'prior'}",
+        "--model.learning_rate=1e-3",
+        "--model.warmup=0",
+        "--model.decay=0",
+        f"--data.train={start / 'images'}",
+        f"--data.val={start / 'images'}",
+        f"--data.cache={start / 'cache'}",
+        f"--data.size={SIZE}",
+        f"--data.batch_size={BATCH}",
+        "--trainer.callbacks+=tiltlens.modules.ema.WarmEMA",
+        "--trainer.callbacks.decay=0.9",
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+        "--trainer.limit_val_batches=0",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        f"--trainer.max_steps={steps}",
+        *more,
+    ]
+
+
+def checkpoint(out):
+    return torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def refused(args, capsys):
+    """The one message of a command that ends with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: TrainingCLI(args))
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message[message.index("error: ") :]
+
+
+def assert_same(one, two, exactly=True):
+    assert one["global_step"] == two["global_step"]
+    for key in ("state_dict", "current_model_state"):
+        for name, value in one[key].items():
+            torch.testing.assert_close(
+                two[key][name], value, rtol=0, atol=0 if exactly else 1e-6, msg=f"{key} {name}"
+            )
+    for a, b in zip(
+        one["optimizer_states"][0]["state"].values(), two["optimizer_states"][0]["state"].values()
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_killed_and_resumed_is_uninterrupted(start, tmp_path):
+    """kill -9 at any moment after the first checkpoint; the same command with --ckpt_path last ends with the same bits."""
+    lora = ("--model.lora.rank=2", "--trainer.accumulate_grad_batches=2")
+    steps = 12 * 3  # twelve epochs of 2 + 2 + 1 batches
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    TrainingCLI(arguments(start, whole, steps, *lora))
+    victim = subprocess.Popen(
+        [sys.executable, str(TRAIN), *arguments(start, killed, steps, *lora)],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        limit = time.monotonic() + 400
+        while not (killed / "checkpoints" / "last.ckpt").exists():
+            assert victim.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.005)
+        time.sleep(0.05)
+    finally:
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+    assert victim.returncode == -signal.SIGKILL
+    assert 0 < checkpoint(killed)["global_step"] < steps
+    TrainingCLI(arguments(start, killed, steps, *lora, "--ckpt_path=last"))
+    assert_same(checkpoint(whole), checkpoint(killed))
+    kept = checkpoint(killed)["state_dict"]
+    assert all(".lora_" in name for name in kept)  # the prior's own weights are not in the checkpoint
+    assert load_prior(str(whole / "prior")).fingerprint == load_prior(str(killed / "prior")).fingerprint
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(start, tmp_path, capsys):
+    TrainingCLI(arguments(start, tmp_path, EPOCH))
+    before = checkpoint(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "checkpoints" / "last.ckpt").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+    try:
+        message = refused(arguments(start, tmp_path, 3 * EPOCH, "--ckpt_path=last"), capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "could not be written" in message
+    assert "File too large" in message
+    assert "is whole" in message
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert_same(before, checkpoint(tmp_path))
+    TrainingCLI(arguments(start, tmp_path, 2 * EPOCH, "--ckpt_path=last"))
+    assert checkpoint(tmp_path)["global_step"] == 2 * EPOCH
+
+
+def test_a_loss_that_is_no_number_names_its_batch(start, tmp_path, capsys, monkeypatch):
+    seeds, batches = [], BatchStream.__iter__
+
+    def poisoned(self):
+        for batch in batches(self):
+            if self.position == EPOCH + 3:  # counted from 1: the third of the second epoch
+                batch["image"][0, 0, 0, 0] = float("nan")
+                seeds.append(batch["seed"])
+            yield batch
+
+    monkeypatch.setattr(BatchStream, "__iter__", poisoned)
+    message = refused(arguments(start, tmp_path, 4 * EPOCH), capsys)
+    assert f"loss = nan at batch 2 of epoch 1, seed {seeds[0]} (step {EPOCH + 2})" in message
+    assert "last.ckpt is the last good checkpoint" in message
+    saved = checkpoint(tmp_path)
+    assert saved["global_step"] == EPOCH
+    assert all(torch.isfinite(v).all() for v in saved["current_model_state"].values())
+
+
+def test_checkpoints_of_something_else_are_refused(start, tmp_path, capsys):
+    first = tmp_path / "first"
+    TrainingCLI(arguments(start, first, 1, "--model.lora.rank=2"))
+    path = f"--ckpt_path={first / 'checkpoints' / 'last.ckpt'}"
+    message = refused(arguments(start, tmp_path / "rank", 2, "--model.lora.rank=3", path), capsys)
+    assert "another architecture than this PriorModule" in message
+    assert "lora_A.default.weight (2, " in message
+    assert "instead of (3, " in message
+    message = refused(arguments(start, tmp_path / "full", 2, path), capsys)
+    assert "missing (network.conv_in.weight" in message
+    assert "unknown (network.conv_in.lora_A.default.weight" in message
+    other = tmp_path / "other"
+    write_pixel(other / "prior", ddpm("v_prediction"))
+    prior = load_prior(str(other / "prior")).denoiser.network.network
+    prior.conv_in.weight.data.mul_(1.01)
+    prior.save_pretrained(other / "prior" / "unet")
+    args = [
+        a.replace(f"init_from={start}", f"init_from={other}") for a in arguments(start, tmp_path / "o", 2)
+    ]
+    assert "adapters of another prior" in refused([*args, "--model.lora.rank=2", path], capsys)
+    (tmp_path / "torn.ckpt").write_bytes((first / "checkpoints" / "last.ckpt").read_bytes()[:1000])
+    args = arguments(start, tmp_path / "t", 2, f"--ckpt_path={tmp_path / 'torn.ckpt'}")
+    assert "is no whole checkpoint" in refused(args, capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("--trainer.gradient_clip_val=-1", "gradient_clip_val = -1"),
+        ("--trainer.gradient_clip_val=.inf", "gradient_clip_val = inf"),
+        ("--trainer.accumulate_grad_batches=0", "accumulate_grad_batches = 0"),
+        ("--model.lora.targets=[atention]", "did you mean attention"),
+    ],
+)
+def test_settings_under_which_nothing_is_learned(change, words, start, tmp_path, capsys):
+    assert words in refused(arguments(start, tmp_path, 1, change), capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")
+def test_two_processes_take_the_mean_of_their_gradients(start, tmp_path):
+    steps, batch = 3, BATCH // 2
+    args = arguments(
+        start, tmp_path, steps, "--trainer.devices=2", "--trainer.strategy=ddp", f"--data.batch_size={batch}"
+    )
+    done = subprocess.run([sys.executable, str(TRAIN), *args], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    from lightning import Trainer
+
+    from tiltlens.modules.image_data import ImageFolderData
+    from tiltlens.modules.prior_module import PriorModule
+
+    module = PriorModule(str(start / "prior"), learning_rate=1e-3, warmup=0, decay=0)
+    data = ImageFolderData(str(start / "images"), str(start / "images"), SIZE, batch, cache=start / "cache")
+    data.setup()
+    streams = [iter(BatchStream(*data.train_set, batch, 0, shuffle=True, rank=r, ranks=2)) for r in (0, 1)]
+    module.trainer = Trainer(max_steps=steps, accelerator="cpu", logger=False)
+    module.log = lambda *_, **__: None
+    optimizer = torch.optim.AdamW(module.network.parameters(), 1e-3, weight_decay=0)
+    module.optimizers = lambda: optimizer
+    for _ in range(steps):
+        losses = [module.training_step(next(s), 0) for s in streams]
+        optimizer.zero_grad()
+        (sum(losses) / 2).backward()
+        optimizer.step()
+    found = checkpoint(tmp_path)["current_model_state"]
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4)
