@@ -12,7 +12,7 @@ DIR: a timm folder of a classifier of another architecture, of the same classes 
 
 OUT/CLASS.png shows 16 of each and the unguided images of the first two rows' seeds (particles and re-weighted images are drawn
 systematically by weight, so that one may stand there twice), OUT/overview.png eight of each. Classes that are done are not
-run again: an interrupted call is simply repeated.
+sampled again: an interrupted call is simply repeated, and another judge costs no sampling.
 
 shift: of the mean activation, in standard deviations of the unguided images; guided rows against their unguided twins. nats:
 path KL (of particles: -s E - log Z^), an upper bound on what was paid, and the least that any law with this shift pays. judge:
@@ -40,7 +40,6 @@ from tiltlens.energies import Linear
 from tiltlens.guidance import Calibrated, Guidance, Learned
 from tiltlens.priors import load_prior
 from tiltlens.sampling import Particles
-from tiltlens.sampling.pilot import UnitPilot
 from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler
 from tiltlens.units import UnitBank, build_unit
@@ -128,7 +127,7 @@ def solve(f, goal: np.ndarray, top: float) -> np.ndarray:
 
 
 class Bench:
-    """One prior, one chain, one judge; one set of unguided images for all classes."""
+    """One prior, one chain; one set of unguided images for all classes. What is sampled knows nothing of the judge."""
 
     def __init__(self, asked: argparse.Namespace):
         self.asked = asked
@@ -136,21 +135,13 @@ class Bench:
         self.units = [build_unit(f"{asked.encoder},class={c}") for c in asked.classes]
         self.bank = UnitBank(self.units)
         self.bank.validate(self.prior.image_size)
-        judge = f"local-dir:{asked.judge}"
-        self.names = load_encoder(judge).class_names
-        missing = [c for c in asked.classes if c not in (self.names or [])]
-        if missing:
-            raise SystemExit(
-                f"the judge {asked.judge} knows no class {', '.join(missing)}; it knows {self.names}"
-            )
-        self.jury = UnitBank([build_unit(f"{judge},class={c}") for c in self.names])
         learner = Sampler(self.prior, self.bank, Linear(), Learned(shadows=asked.shadows), asked.steps)
         self.pilots = learner.run_pilot(asked.pilot, asked.batch_size, lambda k, n: tell(f"pilot {k}/{n}"))
-        self.pool = self._pool()
-        self.reads, self.judged = self.members(self.pool), self.judge(self.pool)
+        self.images = self._unguided()
+        self.reads = read(self.bank, self.images)
 
-    def _pool(self) -> Tensor:
-        """Unguided images (N, 3, H, W), kept in OUT."""
+    def _unguided(self) -> Tensor:
+        """(N, 3, H, W), kept in OUT."""
         path, n, size = self.asked.out / "unguided.safetensors", self.asked.pool, self.asked.batch_size
         if path.exists():
             return safetensors.torch.load_file(path)["images"].float()
@@ -168,127 +159,148 @@ class Bench:
         self, unit: int, guidance: Guidance, method=None, reference: list[Tensor] | None = None
     ) -> Sampler:
         """Of one unit alone."""
-        found = Sampler(
-            self.prior, UnitBank([self.units[unit]]), Linear(), guidance, self.asked.steps, method=method
-        )
+        bank = UnitBank([self.units[unit]])
+        found = Sampler(self.prior, bank, Linear(), guidance, self.asked.steps, method=method)
         found.calibrate([self.pilots[unit]], reference, progress=lambda k, n: tell(f"learning {k}/{n}"))
         return found
 
-    @torch.no_grad()
-    def members(self, images: Tensor) -> Tensor:
-        """Raw activations (N, units)."""
-        return torch.cat([self.bank.read_all(x)[..., 0].double() for x in images.split(256)])
-
-    @torch.no_grad()
-    def judge(self, images: Tensor) -> np.ndarray:
-        """Logits (N, classes of the judge)."""
-        return torch.cat([self.jury.read_all(x)[..., 0].double() for x in images.split(256)]).numpy()
-
-    def unit(self, u: int) -> tuple[list[Figure], np.ndarray]:
-        """A class's rows, and what is shown of each method (methods, 16, H, W, 3) uint8."""
+    def sample(self, u: int) -> dict[str, np.ndarray]:
+        """All that is drawn for a class, as METHOD.COLUMN."""
         asked, name = self.asked, self.asked.classes[u]
-        reference = [self.reads[:, u : u + 1]]
-        k = self.names.index(name)
-        self.k, self.scale = k, (self.judged[:, k].mean(), self.judged[:, k].std())
-        z = self.reads[:, u].numpy()
-        curve = Curve((z - z.mean()) / z.std(), self._judge(self.judged))
-        top = curve.strength_at(asked.nats)
-        figures, shown = [], {}
-        twins = None
+        reference, z = [self.reads[:, u : u + 1]], self.reads[:, u].numpy()
+        z = (z - z.mean()) / z.std(ddof=1)
+        top = Curve(z, z).strength_at(asked.nats)
+        out = {"re-weighted.z": z, "re-weighted.strength": np.array(top)}
         for method, guidance in (("plain", Calibrated()), ("learned", Learned(shadows=asked.shadows))):
             start = time.perf_counter()
             sampler = self.sampler(u, guidance, None, reference)
             learned = time.perf_counter() - start
-            twins = twins or self.run(sampler, 0.0, 0, asked.samples, f"{name}, unguided")
+            if method == "plain":
+                out |= self.run(sampler, "unguided", 0.0, 0, asked.samples, name)
             strength = self.tune(sampler, f"{name}, {method}")
-            start = time.perf_counter()
-            run = self.run(sampler, strength, 0, asked.samples, f"{name}, {method}")
-            seconds = (time.perf_counter() - start) / asked.samples
-            figures.append(self.guided(curve, name, method, strength, run, twins, seconds))
-            shown[method] = run["images"][:SHOWN]
-            tell(f"{name}, {method}: {line(figures[-1])} (learning {learned:.0f} s)", end="\n")
-        shown["unguided"] = twins["images"][:SHOWN]
-        figures.append(self.particles(curve, u, name, top, reference, shown))
-        figures.append(self.reweighted(curve, name, top, shown))
-        for f in figures[-2:]:
-            tell(f"{name}, {f.method}: {line(f)}", end="\n")
-        return figures, np.stack([pixels(shown[m]) for m in METHODS])
+            out |= self.run(sampler, method, strength, 0, asked.samples, name)
+            tell(f"{name}, {method}: strength {strength:g} (learning {learned:.0f} s)", end="\n")
+        particles = self.sampler(u, Calibrated(), Particles(asked.particles), reference)
+        out |= self.run(particles, "particles", top, 0, asked.particles * asked.groups, name)
+        tell(f"{name}, particles: strength {top:g}", end="\n")
+        return out
 
-    def run(self, sampler: Sampler, strength: float, first: int, n: int, what: str) -> dict:
-        """Rows first, first + 1, ..: z, judge, named, path_kl, log_w, group, finite (n,), images."""
-        rows, size = [Row(0, strength, first + i) for i in range(n)], self.asked.batch_size
+    def run(
+        self, sampler: Sampler, method: str, strength: float, first: int, n: int, name: str
+    ) -> dict[str, np.ndarray]:
+        """Rows first, first + 1, ..: z, path_kl, log_w, finite, group (n,), images (n, 3, H, W) float16; strength, seconds a row."""
+        rows, size, start = (
+            [Row(0, strength, first + i) for i in range(n)],
+            self.asked.batch_size,
+            time.perf_counter(),
+        )
         size -= size % sampler.method.group_size
         parts = []
         for i in range(0, n, size):
-            parts.append(
-                sampler.sample(rows[i : i + size], lambda k, m, i=i: tell(f"{what}: rows from {i}, {k}/{m}"))
-            )
-        join = lambda name: torch.cat([getattr(p, name) for p in parts])  # noqa: E731
-        images = join("images").nan_to_num()
-        logits = self.judge(images)
-        out = {"images": images, "judge": self._judge(logits), "named": logits.argmax(1) == self.k}
-        out |= {name: join(name).numpy() for name in ("z", "path_kl", "log_w", "finite")}
-        if sampler.method.group_size > 1:
-            out["group"] = join("group").numpy()
-        return out
-
-    def _judge(self, logits: np.ndarray) -> np.ndarray:
-        return (logits[:, self.k] - self.scale[0]) / self.scale[1]
+            heard = lambda k, m, i=i: tell(f"{name}, {method}: rows from {i}, step {k}/{m}")  # noqa: E731
+            parts.append(sampler.sample(rows[i : i + size], heard))
+        columns = ("z", "path_kl", "log_w", "finite") + (("group",) if sampler.method.group_size > 1 else ())
+        out = {k: torch.cat([getattr(p, k) for p in parts]).numpy() for k in columns}
+        out["images"] = torch.cat([p.images for p in parts]).nan_to_num().half().numpy()
+        out |= {"strength": np.array(strength), "seconds": np.array((time.perf_counter() - start) / n)}
+        return {f"{method}.{k}": v for k, v in out.items()}
 
     def tune(self, sampler: Sampler, what: str) -> float:
         """The strength whose path KL is near --nats, by two small runs: path KL grows about as a power of s."""
         points = []
         for _ in range(2):
             s = power(points, self.asked.nats)
-            run = self.run(sampler, s, TUNING, self.asked.tuning, f"{what}, tuning")
-            points.append((np.log(s), np.log(max(run["path_kl"][run["finite"]].mean(), 1e-3))))
+            run = self.run(sampler, "tuning", s, TUNING, self.asked.tuning, what)
+            nats = run["tuning.path_kl"][run["tuning.finite"]].mean()
+            points.append((np.log(s), np.log(max(nats, 1e-3))))
         return power(points, self.asked.nats)
 
-    def guided(
-        self, curve: Curve, name: str, method: str, strength: float, run: dict, twins: dict, seconds: float
-    ) -> Figure:
-        keep = run["finite"] & twins["finite"]
-        n = int(keep.sum())
-        counts = resamples(n)
-        mean = lambda x: counts @ x[keep] / n  # noqa: E731
-        shift, judge = mean(run["z"] - twins["z"]), mean(run["judge"] - twins["judge"])
-        nats, named = float(run["path_kl"][keep].mean()), float(run["named"][keep].mean())
-        return figure(curve, name, method, strength, n, shift, judge, nats, named, seconds)
 
-    def particles(
-        self, curve: Curve, u: int, name: str, strength: float, reference: list, shown: dict
-    ) -> Figure:
-        size, n = self.asked.particles, self.asked.particles * self.asked.groups
-        sampler = self.sampler(u, Calibrated(), Particles(size), reference)
-        start = time.perf_counter()
-        run = self.run(sampler, strength, 0, n, f"{name}, particles")
-        seconds = (time.perf_counter() - start) / n
-        w = np.where(run["finite"], np.exp(run["log_w"] - np.nanmax(run["log_w"])), 0.0)
-        groups = np.unique(run["group"], return_inverse=True)[1]
-        of = lambda x: resamples(self.asked.groups) @ np.bincount(groups, w * x)  # noqa: E731
-        total = of(np.ones(n))
-        free = curve.counts @ np.stack([curve.z, curve.judge], 1) / len(curve.z)
-        shift, judge = of(run["z"]) / total - free[:, 0], of(run["judge"]) / total - free[:, 1]
-        nats, named = (float(w @ run[x] / w.sum()) for x in ("path_kl", "named"))
-        shown["particles"] = run["images"][drawn(w)]
-        return figure(curve, name, "particles", strength, n, shift, judge, nats, named, seconds)
+class Judge:
+    """Holds what was drawn against a network that had no part in it. unguided: the images that all classes share."""
 
-    def reweighted(self, curve: Curve, name: str, strength: float, shown: dict) -> Figure:
+    def __init__(self, folder: Path, classes: list[str], unguided: Tensor | None = None):
+        name = f"local-dir:{folder}"
+        self.names = load_encoder(name).class_names or []
+        missing = [c for c in classes if c not in self.names]
+        if missing:
+            raise SystemExit(f"the judge {folder} knows no class {', '.join(missing)}; it knows {self.names}")
+        self.bank = UnitBank([build_unit(f"{name},class={c}") for c in self.names])
+        if unguided is not None:
+            self.unguided, self.free = unguided, read(self.bank, unguided).numpy()
+
+    def unit(self, name: str, found: dict[str, np.ndarray]) -> tuple[list[Figure], np.ndarray]:
+        """A class's rows, and what is shown of each method (methods, 16, H, W, 3) uint8."""
+        of = lambda method: {k.split(".")[1]: v for k, v in found.items() if k.startswith(f"{method}.")}  # noqa: E731
+        k = self.names.index(name)
+        mean, std = self.free[:, k].mean(), self.free[:, k].std(ddof=1)
+
+        def judged(run: dict) -> dict:
+            logits = read(self.bank, torch.from_numpy(run["images"]).float()).numpy()
+            return run | {"judge": (logits[:, k] - mean) / std, "named": logits.argmax(1) == k}
+
+        free = of("re-weighted")
+        curve = Curve(free["z"], (self.free[:, k] - mean) / std)
+        twins, top = judged(of("unguided")), float(free["strength"])
+        runs = {method: judged(of(method)) for method in ("plain", "learned", "particles")}
+        figures = [guided(curve, name, m, runs[m], twins) for m in ("plain", "learned")]
+        figures += [particles(curve, name, runs["particles"]), self.reweighted(curve, name, k, top)]
+        shown = {m: x["images"][:SHOWN] for m, x in (("unguided", twins), *runs.items())}
+        shown["particles"] = runs["particles"]["images"][drawn(weights_of(runs["particles"]))]
+        shown["re-weighted"] = self.unguided[drawn(curve.weights(top))].numpy()
+        return figures, np.stack([pixels(shown[m]) for m in METHODS])
+
+    def reweighted(self, curve: Curve, name: str, k: int, strength: float) -> Figure:
         shift, judge, kl = curve.at(np.full(len(curve.counts), strength))
-        w = curve.weights(strength)
-        shown["re-weighted"] = self.pool[drawn(w)]
-        named = float(w @ (self.judged.argmax(1) == self.k))
+        named = float(curve.weights(strength) @ (self.free.argmax(1) == k))
         return Figure(name, "re-weighted", strength, round(curve.ess(strength)), pair(shift), float(kl[0]), pair(kl),
                       pair(judge), None, named, 0.0)  # fmt: skip
 
 
-def figure(
-    curve: Curve, name: str, method: str, strength: float, n: int, shift, judge, nats, named, seconds
-) -> Figure:
-    """Holds a run against the re-weighted images at its own shift. shift, judge (1 + B,)."""
+@torch.no_grad()
+def read(bank: UnitBank, images: Tensor) -> Tensor:
+    """Raw activations (N, units), float64."""
+    return torch.cat([bank.read_all(x)[..., 0].double() for x in images.split(256)])
+
+
+def guided(curve: Curve, name: str, method: str, run: dict, twins: dict) -> Figure:
+    """Against the unguided rows of the same seeds: the scene and most of the noise cancel."""
+    keep = run["finite"] & twins["finite"]
+    n = int(keep.sum())
+    mean = lambda x: resamples(n) @ x[keep] / n  # noqa: E731
+    return figure(
+        curve,
+        name,
+        method,
+        run,
+        n,
+        mean(run["z"] - twins["z"]),
+        mean(run["judge"] - twins["judge"]),
+        keep / n,
+    )
+
+
+def particles(curve: Curve, name: str, run: dict) -> Figure:
+    """All groups by their weights; errors by whole groups. Against the mean of the unguided images."""
+    w, n = weights_of(run), len(run["z"])
+    groups = np.unique(run["group"], return_inverse=True)[1]
+    of = lambda x: resamples(groups.max() + 1) @ np.bincount(groups, w * x)  # noqa: E731
+    free = curve.counts @ np.stack([curve.z, curve.judge], 1) / len(curve.z)
+    shift, judge = (of(run[x]) / of(np.ones(n)) - free[:, i] for i, x in enumerate(("z", "judge")))
+    return figure(curve, name, "particles", run, n, shift, judge, w / w.sum())
+
+
+def weights_of(run: dict) -> np.ndarray:
+    return np.where(run["finite"], np.exp(run["log_w"] - np.nanmax(run["log_w"])), 0.0)
+
+
+def figure(curve: Curve, name: str, method: str, run: dict, n: int, shift, judge, w) -> Figure:
+    """Holds a run against the re-weighted images at its own shift. shift, judge (1 + B,); w (rows,): of sum 1."""
     beside = curve.beside(shift)
     ratio, least = (None, None) if beside is None else (pair(judge / beside[0]), pair(beside[1]))
-    return Figure(name, method, strength, n, pair(shift), nats, least, pair(judge), ratio, named, seconds)
+    nats, named = (float(w @ np.where(w > 0, run[x], 0)) for x in ("path_kl", "named"))
+    return Figure(name, method, float(run["strength"]), n, pair(shift), nats, least, pair(judge), ratio, named,
+                  float(run["seconds"]))  # fmt: skip
 
 
 def power(points: list[tuple[float, float]], nats: float) -> float:
@@ -316,12 +328,16 @@ def drawn(w: np.ndarray) -> np.ndarray:
 
 
 def pair(values: np.ndarray) -> tuple[float, float]:
-    n = len(values) - 1
-    return float(values[0]), float(np.nanstd(values[1:])) if n else float("nan")
+    """Estimate and standard error: half of what holds 68 % of the resamples, since a ratio's tail is heavy."""
+    low, high = np.nanquantile(values[1:], [0.16, 0.84])
+    return float(values[0]), float(high - low) / 2
 
 
-def pixels(images: Tensor) -> np.ndarray:
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+def pixels(images: np.ndarray) -> np.ndarray:
+    """(N, 3, H, W) in [-1, 1] -> (N, H, W, 3) uint8."""
+    return (
+        ((images.astype(np.float32).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    )
 
 
 def caption(f: Figure) -> str:
@@ -362,10 +378,6 @@ def tell(text: str, end: str = "\r") -> None:
 
 def pm(x: tuple[float, float] | None) -> str:
     return "–" if x is None else f"{x[0]:.2f} ± {x[1]:.2f}"
-
-
-def line(f: Figure) -> str:
-    return f"strength {f.strength:.3g}, shift {pm(f.shift)}, nats {f.nats:.2f}, judge {pm(f.judge)}, ratio {pm(f.ratio)}"
 
 
 def report(figures: list[Figure]) -> dict:
@@ -410,16 +422,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--encoder", default="bundled", help="whose class units are asked for")
     parser.add_argument("--classes", nargs="+", default=CLASSES)
     parser.add_argument("--nats", type=float, default=3.0)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--pool", type=int, default=1500, help="unguided images")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--pool", type=int, default=1408, help="unguided images")
     parser.add_argument(
-        "--pilot", type=int, default=128, help="trajectories that slopes and Learned learn from"
+        "--pilot", type=int, default=64, help="trajectories that slopes and Learned learn from"
     )
-    parser.add_argument("--shadows", type=int, default=64, help="of these, run again by Learned")
-    parser.add_argument("--samples", type=int, default=32, help="guided rows")
-    parser.add_argument("--tuning", type=int, default=8, help="rows of each of two runs that find a strength")
+    parser.add_argument("--shadows", type=int, default=32, help="of these, run again by Learned")
+    parser.add_argument("--samples", type=int, default=16, help="guided rows")
+    parser.add_argument("--tuning", type=int, default=6, help="rows of each of two runs that find a strength")
     parser.add_argument("--particles", type=int, default=16, help="in a group")
-    parser.add_argument("--groups", type=int, default=6)
+    parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("runs/eye-and-judge"))
     parser.add_argument("--quick", action="store_true", help="does it run: one class, a few rows and steps")
@@ -436,32 +448,33 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     asked, start = arguments(), time.perf_counter()
+    Judge(asked.judge, asked.classes)  # its faults before hours of sampling
     asked.out.mkdir(parents=True, exist_ok=True)
-    settings = {k: str(v) for k, v in vars(asked).items() if k not in ("classes", "out")}
+    settings = {k: str(v) for k, v in vars(asked).items() if k not in ("classes", "judge", "out")}
     kept = asked.out / "settings.json"
     if kept.exists() and json.loads(kept.read_text()) != settings:
         raise SystemExit(f"{asked.out} holds a run with other settings ({kept}): give another --out")
     kept.write_text(json.dumps(settings, indent=1) + "\n")
-    done, bench = [], None
+    bench = None
     for u, name in enumerate(asked.classes):
         path = asked.out / f"{name}.npz"
         if not path.exists():
             bench = bench or Bench(asked)
-            figures, shown = bench.unit(u)
-            np.savez_compressed(path, shown=shown, figures=json.dumps([asdict(f) for f in figures]))
-        held = np.load(path)
-        done.append((name, [Figure(**f) for f in json.loads(str(held["figures"]))], held["shown"]))
+            np.savez_compressed(path, **bench.sample(u))
+            tell(f"{path} [{time.perf_counter() - start:.0f} s]", end="\n")
+    images = safetensors.torch.load_file(asked.out / "unguided.safetensors")["images"].float()
+    judge, done = Judge(asked.judge, asked.classes, images), []
+    for name in asked.classes:
+        done.append((name, *judge.unit(name, dict(np.load(asked.out / f"{name}.npz")))))
         picture(done[-1:], 4, 4, 64).save(asked.out / f"{name}.png")
-        tell(f"{asked.out / name}.png [{time.perf_counter() - start:.0f} s]", end="\n")
     picture(done, 4, 2, 48).quantize(256).save(asked.out / "overview.png", optimize=True)
     print(
-        f"{asked.encoder} under {asked.prior}, {asked.precision}; {asked.steps} steps, eta 1, uniform in log-SNR; {asked.pool} unguided "
-        f"images, {asked.samples} guided rows, {asked.groups} groups of {asked.particles} particles; judge {asked.judge.name}"
+        f"{asked.encoder} under {asked.prior}, {asked.precision}; {asked.steps} steps, eta 1, uniform in log-SNR; {len(images)} unguided "
+        f"images, {asked.samples} guided rows, {asked.groups} groups of {asked.particles} particles"
         + (" (--quick: the figures mean nothing)" if asked.quick else "")
     )
-    closing = report([f for _, figures, _ in done for f in figures])
-    rows = [asdict(f) for _, figures, _ in done for f in figures]
-    body = {"settings": settings, "rows": rows, "mean": closing}
+    rows = [f for _, figures, _ in done for f in figures]
+    body = {"settings": settings, "rows": [asdict(f) for f in rows], "mean": report(rows)}
     (asked.out / "figures.json").write_text(json.dumps(body, indent=1) + "\n")
 
 
