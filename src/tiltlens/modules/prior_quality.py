@@ -96,7 +96,8 @@ class PriorQuality(Callback):
         if trainer.state.fn == "fit" and trainer.global_step - self._last < self.every_n_steps:
             return
         self._last = trainer.global_step
-        pl_module.log_dict(self.measure(trainer, pl_module), batch_size=1)
+        # every rank has the same numbers; sync_dist only keeps Lightning from warning of it
+        pl_module.log_dict(self.measure(trainer, pl_module), batch_size=1, sync_dist=True)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """quality/NAME_nN of the weights as they are."""
