@@ -1,0 +1,63 @@
+"""Each smoke config runs as it stands, with no network and no data, and what it exports is read by diffusers, timm and sample.py."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from diffusers import DDPMPipeline, DiffusionPipeline, LDMPipeline
+from test_wandb_curve import Offline
+
+from tiltlens.modules import sampling_cli
+from tiltlens.modules.training_cli import TrainingCLI
+from tiltlens.priors import load_prior
+from tiltlens.run_folder import RunFolder
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "train"
+SHORT = ("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.enable_progress_bar=false")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def train(name, out, monkeypatch, *more):
+    """Two of its eight steps: the rest would only take time."""
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(out / "cache"))
+    return TrainingCLI(["fit", f"--config={CONFIGS / name}-smoke.yaml", f"--out={out}", *SHORT, *more])
+
+
+@pytest.mark.parametrize("name", ["prior", "prior-finetune", "prior-lora", "prior-latent"])
+def test_priors(name, tmp_path, monkeypatch):
+    cli = train(name, tmp_path, monkeypatch, "--trainer.logger=false")
+    assert (tmp_path / "grids" / "step-000002.png").is_file()
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "prior", use_safetensors=True)
+    assert isinstance(pipeline, LDMPipeline if name == "prior-latent" else DDPMPipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(batch_size=1, num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
+    before, after = load_prior("bundled"), load_prior(str(tmp_path / "prior"))
+    if name in ("prior-finetune", "prior-lora"):
+        assert before.describe() | {"name": ""} == after.describe() | {"name": ""}
+        assert before.fingerprint != after.fingerprint
+    if name == "prior-lora":
+        learned = sum(p.numel() for p in cli.model.parameters() if p.requires_grad)
+        assert learned < 0.05 * sum(p.numel() for p in before.denoiser.parameters())
+
+
+def test_what_was_trained_is_sampled(tmp_path, monkeypatch):
+    """... the same minute, by sample.py; and W&B, offline, has what was watched."""
+    train("prior-latent", tmp_path, monkeypatch, "--trainer.log_every_n_steps=1")
+    run = Offline(tmp_path)
+    for name in ("train_loss", "learning_rate", "gradient_norm", "images_per_second", "val_loss"):
+        assert any(name in h for h in run.history), name
+    args = [
+        f"--model.prior={tmp_path / 'prior'}", "--model.steps=3", "--model.pilot=8", "--data.n=2",
+        "--data.strengths=[0,1]", "--trainer.accelerator=cpu", "--trainer.logger=false", f"--out={tmp_path / 'out'}",
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["sample.py"])
+    sampling_cli.main(args)
+    assert len(RunFolder(tmp_path / "out").read_summary()["rows"]) == 2
+
+
+def test_encoder(tmp_path, monkeypatch):
+    train("encoder", tmp_path, monkeypatch, "--trainer.logger=false")
+    encoder = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True).eval()
+    assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
