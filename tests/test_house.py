@@ -17,7 +17,8 @@ BELOW = {  # what each part may import, itself and the ground aside
     "sampling": {"guidance", "priors", "denoiser", "schedule"},
     "estimates": set(),
     "report": set(),
-    "modules": {"report", "sampling", "guidance", "priors", "estimates", "denoiser", "schedule"},
+    "modules": {"report", "sampling", "guidance", "priors", "estimates", "denoiser", "schedule", "metrics"},
+    "metrics": {"sampling", "priors", "denoiser", "schedule"},
     "run_folder": set(),
     "units": set(),
 }
@@ -28,6 +29,7 @@ FOREIGN = {
     "run_folder": {"lightning", "wandb", "torch"},
     "priors": {"lightning", "wandb"},
     "units": {"lightning", "wandb", "diffusers"},
+    "metrics": {"lightning", "wandb"},
 }
 
 
