@@ -10,10 +10,13 @@ from test_estimates_oracle import CONTROLS, STEPS, V, linear, optimal, pilot_of,
 from tiltlens import GaussianMixture, Linear, Projection, tilt
 from tiltlens.estimates import estimate_curve
 from tiltlens.estimates.dual import certify, tidy
+from tiltlens.estimates.importance import KL_ROOT, relative_variance, rows_needed
+from tiltlens.estimates.samples import Samples
 from tiltlens.guidance import Exact
 from tiltlens.modules.command_line import run as run_program
 from tiltlens.modules.dual import BUDGET, Asked, ConstraintPlan
 from tiltlens.modules.sampling_cli import main
+from tiltlens.sampling import Particles
 from tiltlens.units.calibration import Natural
 
 
@@ -132,13 +135,71 @@ def test_a_constraint_on_natural_activations_needs_some():
 
 def test_units_have_strengths_of_their_own_and_a_budget():
     data = ConstraintPlan(Asked.parse("kl=1"), 2, 0, 4)
-    data.units, data.of = 2, {0: {0.0}, 1: {0.0}}
-    assert data.grow([{"status": "open", "propose": (1.0, 2.0)}, {"status": "reached", "propose": ()}])
+    data.units, data.of = 2, {0: {0.0: 1}, 1: {0.0: 1}}
+    met = {"status": "reached", "strength": 0.0, "enlarge": 1.0, "propose": ()}
+    assert data.grow([{"status": "open", "propose": (1.0, 2.0)}, met])
     assert [(r.unit, r.strength, r.seed) for r in data.rows()] == [
         (0, 0.0, 0), (0, 0.0, 1), (1, 0.0, 0), (1, 0.0, 1), (0, 1.0, 0), (0, 1.0, 1), (0, 2.0, 0), (0, 2.0, 1),
     ]  # fmt: skip
-    data.of[0] = {float(k) for k in range(BUDGET)}
-    assert not data.grow([{"status": "open", "propose": (0.5,)}, {"status": "natural", "propose": ()}])
+    data.of[0] = {float(k): 1 for k in range(BUDGET)}
+    assert not data.grow([{"status": "open", "propose": (0.5,)}, {"status": "natural"}])
+
+
+def test_more_rows_at_the_solution_where_they_would_do_and_none_where_not():
+    data = ConstraintPlan(Asked.parse("kl=1"), 4, 10, 4)
+    data.units, data.of = 1, {0: {0.0: 1, 1.0: 1, 2.0: 1}}
+    met = {"status": "reached", "strength": 2.0, "propose": ()}
+    assert not data.grow([met | {"enlarge": BUDGET - 1.9}])
+    assert data.grow([met | {"enlarge": 2.5}])
+    assert [r.seed for r in data.rows() if r.strength == 2] == list(range(10, 22))
+    assert [r.seed for r in data.rows() if r.strength == 1] == list(range(10, 14))
+    told = data.describe(["u"])["constraint"]
+    assert (told["strengths"], told["blocks"]) == ({"u": [0.0, 1.0, 2.0]}, {"u": [1, 1, 3]})
+
+
+def test_rows_needed_make_weights_healthy():
+    """As many copies of a run as it says are healthy, and half of them are not; particles likewise, by lineages."""
+    rng = np.random.default_rng(0)
+    for groups in (None, 4):
+        log_w = rng.normal(0, 1.6 if groups is None else 0.3, 64)
+        weight = ancestor = None
+        if groups:
+            weight, ancestor = np.ones(64), np.arange(64) // 16 * 16 + rng.integers(0, 3, 64)
+
+        def copies(k, log_w=log_w, weight=weight, ancestor=ancestor, groups=groups):
+            again = lambda x, shift: None if x is None else np.concatenate([x + shift * i for i in range(k)])  # noqa: E731
+            cluster = np.arange(64) // 16 if groups else np.arange(64)
+            e = -np.repeat(1.0, 64 * k)
+            return Samples(
+                1.0,
+                e,
+                again(log_w, 0),
+                again(log_w, 0),
+                again(cluster, 64),
+                again(weight, 0),
+                again(ancestor, 64),
+            )
+
+        k = rows_needed(copies(1), 1.0, KL_ROOT)
+        assert k > 2
+        assert np.isfinite(relative_variance(copies(int(np.ceil(k))), 1.0, KL_ROOT))
+        assert np.isnan(relative_variance(copies(int(k / 2)), 1.0, KL_ROOT))
+
+
+def test_particles_certify_the_exact_law_with_more_rows_at_the_solution(tmp_path):
+    """q0.99 of a mixture, far beyond its natural samples: the weights of one block of rows do not reach it."""
+    prior, direction = GaussianMixture(*PRIOR), [1.0, -0.5]
+    result = tilt(
+        prior, Projection(direction), constraint="q0.99", n=64, energy=Linear(standardise=False), guidance=Exact(),
+        sampler=Particles(16), steps=40, spacing="index", pilot=128, batch_size=512, out=tmp_path / "run",
+        accelerator="cpu",
+    )  # fmt: skip
+    (entry,) = result.constraint.values()
+    assert (entry["status"], entry["law"]) == ("reached", "q_s")
+    assert abs(entry["value"] - entry["target"]) <= max(entry["value_se"], 0.02)
+    true = prior.kl(torch.tensor(direction), entry["strength"])
+    assert abs(entry["kl"] - true) < 4 * entry["kl_se"]
+    assert entry["kl_least"] == entry["kl"]
 
 
 PRIOR = ([0.6, 0.4], [[-1.0, 0.5], [1.0, 0.0]], [0.4, 0.3])

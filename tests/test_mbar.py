@@ -194,7 +194,7 @@ def test_mbar_covers_in_200_replications():
         value, se = columns(weighted_runs(law, rng, 64), s)
         z.append((value - law.truth(s)) / se)
     cover = (abs(np.array(z)) < 1.96).mean(0)
-    assert (cover > 0.88).all(), cover  # before the factor of `integral.shortfalls`
+    assert (cover > 0.88).all(), cover  # before the factor of `widening`
 
 
 def test_collapsed_weights_take_no_part():

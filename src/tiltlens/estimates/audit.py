@@ -14,7 +14,8 @@ from tiltlens.estimates.bounds import log_z_floor
 from tiltlens.estimates.integral import integral, quadrature_errors, shortfalls
 from tiltlens.estimates.pool import Pool
 from tiltlens.estimates.samples import Samples
-from tiltlens.estimates.sweep import SIGNIFICANT, Node, Sweep
+from tiltlens.estimates.sweep import Node, Sweep
+from tiltlens.estimates.trust import SIGNIFICANT
 
 COLLAPSED = "no run has importance weights for it that are healthy"
 REMEDY = " More samples, strengths in between, or particles would help."

@@ -14,6 +14,7 @@ that value +- 1.96 se covers in 95 % of runs for four groups as for a hundred.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -82,6 +83,7 @@ def standard_errors(
     return replicate(statistic, clusters).se()
 
 
+@lru_cache(64)
 def small_sample(n: int) -> float:
     """How much wider Student's 95 % interval of n clusters is than the normal one; 1 from 30 on.
 

@@ -113,7 +113,7 @@ def log_z_floor(samples: list[Samples], strength: float) -> tuple[float, float]:
 class Reach(NamedTuple):
     """Where the supremum of the lower bound is.
 
-    value in nats; l; source: index of the run that gives log Z(l); edge: whether its trust ends there.
+    value in nats; l; source: index of the run that gives log Z(l), or their number: MBAR; edge: whether its trust ends there.
     """
 
     value: float

@@ -9,14 +9,17 @@ one sentence, says why.
 
 import numpy as np
 
+from tiltlens.estimates import mbar
 from tiltlens.estimates.audit import audit
 from tiltlens.estimates.bootstrap import replicate
 from tiltlens.estimates.bounds import Mean, Reach, least_kl, mean, objective
 from tiltlens.estimates.importance import tilt
 from tiltlens.estimates.integral import compose
+from tiltlens.estimates.pool import Pool
 from tiltlens.estimates.samples import Samples
-from tiltlens.estimates.sweep import Sweep, decide, find_sources, measure, trusted_log_z
+from tiltlens.estimates.sweep import Sweep, decide, find_sources, measure
 from tiltlens.estimates.table import Group, read_groups
+from tiltlens.estimates.trust import trusted_log_z
 
 TOP = 8.0  # times the largest strength: how far the lower bound looks for the strength that q' really reached
 NOTHING = Mean(np.nan, np.nan)
@@ -41,18 +44,18 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
         return [_row(unit, g, {}) for g in groups], [_lost(g) for g in groups if g.nonfinite]
     warnings = [_lost(g) for g in groups if g.nonfinite]
 
-    trust = trusted_log_z(samples, TOP * samples[-1].strength or 1.0)
+    sources = find_sources(samples)
+    trust = trusted_log_z(samples, TOP * samples[-1].strength or 1.0, sources.pool)
     reach = [
         least_kl(mean(run.energy, None, run.martingale, run).value, *trust) if run.strength else None
         for run in samples
     ]
-    sources = find_sources(samples)
     count = len(sources.strengths)
 
     def everything(counts: list[np.ndarray]) -> np.ndarray:
         """(B, 12 K + 2 runs): all that is estimated, for given counts of the samples."""
         parts = [measure(sources, samples, counts).reshape(len(counts[0]), -1)]
-        parts += [_lower(reach[k], samples, counts, k)[:, None] for k in range(len(samples))]
+        parts.append(_lower(reach, samples, sources.pool, counts))
         parts += [_cost(run, c)[:, None] for run, c in zip(samples, counts)]
         return np.concatenate(parts, -1)
 
@@ -104,13 +107,21 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
     return rows, merged(warnings)
 
 
-def _lower(best: Reach | None, samples: list[Samples], counts: list[np.ndarray], k: int) -> np.ndarray:
-    """kl_lower of run k, (B,), with the supremum kept where the whole sample has it."""
-    if not best:
-        return np.zeros(len(counts[0]))
-    run, source = samples[k], samples[best.source]
-    energy = mean(run.energy, counts[k], run.martingale, run).value
-    return -best.l * energy - tilt(source, best.l, counts[best.source]).log_z
+def _lower(
+    reach: list[Reach | None], samples: list[Samples], pool: Pool | None, counts: list[np.ndarray]
+) -> np.ndarray:
+    """kl_lower of every run, (B, runs), with each supremum kept where the whole sample has it."""
+    out = np.zeros((len(counts[0]), len(samples)))
+    joint = [k for k, best in enumerate(reach) if best and best.source == len(samples)]  # by MBAR
+    if joint:
+        out[:, joint] = -mbar.evaluate(pool, np.array([reach[k].l for k in joint]), counts).log_z
+    for k, best in enumerate(reach):
+        if not best:
+            continue
+        if k not in joint:
+            out[:, k] = -tilt(samples[best.source], best.l, counts[best.source]).log_z
+        out[:, k] -= best.l * mean(samples[k].energy, counts[k], samples[k].martingale, samples[k]).value
+    return out
 
 
 def _cost(run: Samples, counts: np.ndarray) -> np.ndarray:

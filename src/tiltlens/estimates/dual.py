@@ -10,7 +10,8 @@ The certificate is that of a strength that was *sampled*, so that its images exi
 error, KL there, and the least KL that any law with that mean activation has, sup_t [t c - log E_p exp(t a)], from
 the same draws. Where the curve's trust ends before the target, a strength a little beyond is tried; where that
 extends nothing the sampled law q' itself is asked: its mean activation (or its path_kl, the most it can have spent)
-is interpolated over the strengths, and KL(q'||p) is bracketed by kl_lower and path_kl.
+is interpolated over the strengths, and KL(q'||p) is bracketed by kl_lower and path_kl. Where it meets the target and
+more rows there would make its weights healthy (particles: enough lineages), so many are asked for: q_s* then speaks.
 """
 
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tiltlens.estimates.dual_curve import Curve
+from tiltlens.estimates.importance import KL_ROOT, rows_needed
 from tiltlens.estimates.pool import pool_draws
 from tiltlens.estimates.table import read_groups
 
@@ -26,6 +28,7 @@ NEAR = 0.01  # of the way from natural to target: as good as met where a standar
 FIRST = (1 / 3, 2 / 3, 1.0)  # of the strength guessed from natural samples: the first sweep
 STEP_UP = 2.0  # a strength beyond all sampled ones is at most so many times the largest
 BEYOND = 1.25  # times the end of trust: where to sample to move it
+MARGIN = 1.2  # of the rows that would let weights speak: their share is an estimate
 FLAT = 2.0  # standard errors: two strengths whose means differ by less have reached the end
 
 
@@ -36,6 +39,7 @@ class Certificate(NamedTuple):
     needed). law: of which the certificate speaks, "q_s" or "sampled". strength: s*, sampled; solution: where the curve
     meets the target. value, value_se: reached there. kl, kl_se: KL(q_s*||p); kl_least: of any law with this mean;
     kl_most: path_kl, of the sampled law. reach: (natural value, the most that was certified or sampled). propose: strengths to sample next.
+    enlarge: how many times as many rows at `strength` would let q_s* be certified; 1 where it is, or where no number would do.
     """
 
     status: str
@@ -51,6 +55,7 @@ class Certificate(NamedTuple):
     kl_most: float | None = None
     reach: tuple[float, float] = (np.nan, np.nan)
     propose: tuple[float, ...] = ()
+    enlarge: float = 1.0
 
 
 def certify(kind: str, target: float, table: dict, pilot: dict | None, rows: list[dict]) -> Certificate:
@@ -94,6 +99,10 @@ def certify(kind: str, target: float, table: dict, pilot: dict | None, rows: lis
         met, more = ("reached", ()) if good else ("open", (tidy(solution, by_strength),))
         return Certificate(met, "q_s", target, s, solution, value, se, kl, kl_se, least, None, reach, more)
     found = _of_sampled(kind, target, sampled, by_strength, reach)
+    if found.status == "reached":
+        run = next(run for run in runs if run.strength == found.strength)
+        needed = MARGIN * rows_needed(run, run.strength, KL_ROOT)
+        return found._replace(enlarge=float(needed)) if np.isfinite(needed) else found
     top = max([curve.top, *(s for s, _, _ in known)])
     if top and not any(top < s <= BEYOND**2 * top for s, _, _ in sampled):
         more = (tidy(BEYOND * top, by_strength), *found.propose)

@@ -6,10 +6,11 @@ from tiltlens.estimates import mbar
 from tiltlens.estimates.bootstrap import replicate
 from tiltlens.estimates.bounds import log_z_floor
 from tiltlens.estimates.importance import KL_ROOT, relative_variance, tilt
-from tiltlens.estimates.integral import LOG_Z_SHORT
 from tiltlens.estimates.pool import Pool
 from tiltlens.estimates.samples import Samples
-from tiltlens.estimates.sweep import CLEARLY, refuted
+from tiltlens.estimates.sweep import CLEARLY
+from tiltlens.estimates.trust import refuted
+from tiltlens.estimates.widening import of_pool, of_run
 
 REPLICATES = 200
 GRID = 80  # strengths at which trust is asked for, up to FAR times the largest
@@ -82,9 +83,9 @@ class Curve:
             return np.stack([joint, own], -1)
 
         found = replicate(both, [r.cluster for r in self.runs], REPLICATES)
-        short = [mbar.effective_seeds(self.pool, s, self.runs)]
-        short.append(short[0] if k is None else tilt(self.runs[k], s).ess)
-        se = found.se() * (1 + LOG_Z_SHORT / np.array(short))
+        wider = [of_pool(self.pool, s, self.runs)]
+        wider.append(wider[0] if k is None else of_run(self.runs[k], s))
+        se = found.se() * np.array(wider)
         best = int(k is not None and (s > self.top or se[1] < CLEARLY * se[0]))
         return float(found.values[0, best]), float(se[best])
 

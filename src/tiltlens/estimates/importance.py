@@ -102,6 +102,27 @@ def relative_variance(samples: Samples, strength: float, root: float) -> float:
     return max(1 / ess - 1 / n, 0.0) if ess >= floor else np.nan
 
 
+def rows_needed(samples: Samples, strength: float, root: float) -> float:
+    """How many times as many rows would make a run's weights healthy, were all of them like these; at least 1, infinite
+    without weights."""
+    if samples.log_w is None or len(samples) < 2:
+        return np.inf
+    log_w, n = reweight(samples, strength), len(samples)
+    if samples.groups is None:
+        return _times(n, trusted_ess(log_w) / n, root)
+    of_groups = log_z_of_groups(log_w, samples.groups)
+    count = len(of_groups)
+    wanted = [_times(n, min(lineages(log_w, samples.ancestor) / n, 1.0), LINEAGE_ROOT), GROUPS_MIN / count]
+    if np.isfinite(of_groups).sum() > 1:
+        wanted.append(_times(count, trusted_ess(of_groups) / count, root, 0.0))
+    return float(max(wanted))
+
+
+def _times(n: int, share: float, root: float, least: float = ESS_FLOOR) -> float:
+    """k >= 1 with share k n >= max(least, min(root sqrt(k n), k n / 2)), as `ess_floor` asks."""
+    return max(1.0, least / (share * n), 1.0 if share >= 0.5 else (root / share) ** 2 / n)
+
+
 def lineages(log_w: np.ndarray, ancestor: np.ndarray | None) -> float:
     """Effective number of paths of different beginning among particles; infinite where it was not recorded."""
     return np.inf if ancestor is None else cluster_ess(np.exp(log_w - log_w.max()), ancestor)

@@ -8,13 +8,10 @@ the corrected trapezium (cubic Hermite), with dm/ds = -Var.
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from tiltlens.estimates import mbar
-from tiltlens.estimates.importance import tilt
 from tiltlens.estimates.pool import Pool
 from tiltlens.estimates.samples import Samples
 from tiltlens.estimates.sweep import MBAR, Node, Sweep
-
-LOG_Z_SHORT, KL_SHORT = 12.0, 14.0  # samples
+from tiltlens.estimates.widening import of_pool, of_run
 
 
 def integral(strengths: np.ndarray, energy: np.ndarray, variance: np.ndarray) -> np.ndarray:
@@ -48,21 +45,14 @@ def quadrature_errors(strengths: np.ndarray, energy: np.ndarray, variance: np.nd
 
 
 def shortfalls(nodes: list[Node], samples: list[Samples], pool: Pool | None) -> np.ndarray:
-    """(3, K): by how much the bootstrap's errors of log_z, kl and m(s) fall short, 1 + a constant / effective samples.
-
-    KL^ and its error are moments of the same tail: who missed the tail has both too small, and his interval ends
-    below the truth; so it is, less, with log Z of one run, whose control variate is fitted besides. Simulated
-    (Gaussian chains, 16 and 64 seeds, KL 0.1 to 1), 95 % intervals cover in 78 to 93 % without the factors. With them:
-    docs/estimates.md, by benchmarks/coverage.py.
-    """
+    """(3, K): by how much the bootstrap's errors of log_z, kl and m(s) fall short; see `widening`."""
     out = np.ones((3, len(nodes)))
     for k, node in enumerate(nodes):
-        sources = ((node.log_z, LOG_Z_SHORT), (node.source, KL_SHORT), (node.source, KL_SHORT))
-        for row, (source, spread) in enumerate(sources):
+        for row, source in enumerate((node.log_z, node.source, node.source)):
             if source == MBAR:
-                out[row, k] += spread / mbar.effective_seeds(pool, node.strength, samples)
-            elif source is not None and source != MBAR and node.strength:
-                out[row, k] += spread / tilt(samples[source], node.strength).ess
+                out[row, k] = of_pool(pool, node.strength, samples)
+            elif source is not None and node.strength:
+                out[row, k] = of_run(samples[source], node.strength)
     return out
 
 

@@ -143,16 +143,24 @@ def draws_behind(pool: Pool, log_tilt: np.ndarray) -> float:
 
 
 def effective_seeds(pool: Pool, strength: float, samples: list[Samples]) -> float:
-    """`cluster_ess` of the draws at s: seeds shared by strengths count once; particles count singly."""
+    """How many independent seeds the draws at s are worth."""
+    return seeds_behind(pool, strength, samples)[1]
+
+
+def seeds_behind(pool: Pool, strength: float, samples: list[Samples]) -> tuple[int, float]:
+    """(number of independent seeds, `cluster_ess` of the draws at s): seeds shared by strengths count once; particles of
+    one beginning likewise, each strength by itself."""
     runs = [samples[k] for k in pool.members]
     offset = 1 + max(int(run.cluster.max()) for run in runs)
     ids = []
     for run in runs:
-        alone = offset + np.arange(len(run))
-        ids.append(run.cluster if run.weight is None else alone)
+        beginnings = (
+            np.arange(len(run)) if run.ancestor is None else np.unique(run.ancestor, return_inverse=True)[1]
+        )
+        ids.append(run.cluster if run.weight is None else offset + beginnings)
         offset += len(run)
-    log_v = -strength * pool.energy - pool.log_mixture
-    return cluster_ess(pool.weight * np.exp(log_v - log_v.max()), np.concatenate(ids))
+    ids, log_v = np.concatenate(ids), -strength * pool.energy - pool.log_mixture
+    return len(np.unique(ids)), cluster_ess(pool.weight * np.exp(log_v - log_v.max()), ids)
 
 
 def healthy(pool: Pool, strength: float, root: float) -> bool:

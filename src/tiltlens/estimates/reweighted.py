@@ -11,7 +11,7 @@ from tiltlens.estimates.audit import audit
 from tiltlens.estimates.bootstrap import replicate
 from tiltlens.estimates.curve import merged
 from tiltlens.estimates.importance import reweight, tilt, trusted_ess
-from tiltlens.estimates.integral import LOG_Z_SHORT, compose
+from tiltlens.estimates.integral import compose, shortfalls
 from tiltlens.estimates.sweep import MBAR, Sweep, decide, find_sources, measure
 from tiltlens.estimates.table import read_groups
 
@@ -55,6 +55,7 @@ def reweight_rows(
     single = Sweep(found[:, 0, 0], found[:, 0, 0] + np.nan, found[:, 0, 1], found[:, 0, 2])
     value, se, methods, warnings = audit(nodes, runs, sources.pool, compose(nodes, found), single, bootstrap)
 
+    wider = shortfalls(nodes, runs, sources.pool)[2]
     rows = []
     for k, node in enumerate(nodes):
         if node.strength not in strengths:
@@ -66,7 +67,7 @@ def reweight_rows(
                 column = mean.reshape(-1, 2, count)[:, int(node.source == MBAR), k]
                 row |= {
                     f"{name}_mean": float(column[0]),
-                    f"{name}_se": float(bootstrap.se(column)) * (1 + LOG_Z_SHORT / ess),
+                    f"{name}_se": float(bootstrap.se(column)) * float(wider[k]),
                 }
             row |= {"energy_mean": float(value.energy[k]), "energy_se": float(se.energy[k])}
         for name in ("kl", "log_z"):

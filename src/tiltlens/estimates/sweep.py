@@ -39,14 +39,14 @@ import numpy as np
 from tiltlens.estimates import mbar
 from tiltlens.estimates.bootstrap import Replicates
 from tiltlens.estimates.bounds import log_z_floor
-from tiltlens.estimates.importance import KL_ROOT, LOG_Z_ROOT, relative_variance, tilt
+from tiltlens.estimates.importance import KL_ROOT, LOG_Z_ROOT, tilt
 from tiltlens.estimates.mbar import Smooth
 from tiltlens.estimates.pool import Pool, pool_draws
 from tiltlens.estimates.samples import Samples
+from tiltlens.estimates.trust import best_source, refuted
 
 STAND_IN = 0.1  # of the shift of mean energy: the bias at which a guided mean may stand in for m(s)
 REACH = 2.0  # times the last known strength: how far it may
-SIGNIFICANT = 3.0  # standard errors
 CLEARLY = 0.8  # of MBAR's error
 
 
@@ -77,41 +77,6 @@ class Sweep(NamedTuple):
     kl: np.ndarray
     energy: np.ndarray
     variance: np.ndarray
-
-
-def trusted(run: Samples, strength: float, root: float, floor: tuple[float, float]) -> tuple[float, float]:
-    """log Z(s) from a run's weights, and its `relative_variance`; NaN where collapsed or refuted.
-
-    root: LOG_Z_ROOT or KL_ROOT; floor: `log_z_floor` at s.
-    """
-    variance = relative_variance(run, strength, root)
-    if np.isnan(variance):
-        return np.nan, np.nan
-    log_z = float(tilt(run, strength).log_z)
-    return (np.nan, np.nan) if refuted(log_z, np.sqrt(variance), floor) else (log_z, variance)
-
-
-def refuted(log_z: float, se: float, floor: tuple[float, float]) -> bool:
-    """Whether an estimate of log Z lies significantly below a floor, (value, standard error)."""
-    return log_z + SIGNIFICANT * np.hypot(se, floor[1]) + 1e-9 * (1 + abs(floor[0])) < floor[0]
-
-
-def best_source(samples: list[Samples], strength: float, root: float) -> int | None:
-    """The run whose weights for q_s give log Z best, among the healthy and not refuted; None without any."""
-    floor = log_z_floor(samples, strength)
-    variance = [trusted(run, strength, root, floor)[1] for run in samples]
-    return int(np.nanargmin(variance)) if np.isfinite(variance).any() else None
-
-
-def trusted_log_z(samples: list[Samples], top: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """l (L,), then log Z(l) and its variance from every run (runs, L), NaN where a run is not trusted.
-
-    The grid is geometric, up to `top`; its ratio of 1.05 puts a supremum over l at most 0.1 % low.
-    """
-    l = top * np.geomspace(1e-3, 1.0, 143)  # noqa: E741
-    floors = [log_z_floor(samples, x) for x in l]
-    found = [[trusted(run, x, LOG_Z_ROOT, floor) for x, floor in zip(l, floors)] for run in samples]
-    return l, *np.moveaxis(np.array(found), -1, 0)
 
 
 class Sources(NamedTuple):

@@ -2,10 +2,12 @@
 
 The first round draws natural samples alone; they and the pilot point to a first sweep of strengths. Every further
 round adds the strengths that `tiltlens.estimates.dual` proposes near the solution, until it is met within one standard
-error or the cost of three sweeps is spent. Units have strengths of their own. Nothing is sampled twice: a folder that
-was left half-way, or solved for another constraint, is gone on with.
+error or the cost of three sweeps is spent. What is left of it then goes into more rows at the solution, where these
+would let the exact law be certified (with particles, most often). Units have strengths of their own. Nothing is sampled
+twice: a folder that was left half-way, or solved for another constraint, is gone on with.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ from tiltlens.units.calibration import Natural
 
 FORMS = '"q0.999" (mean activation at this natural quantile), "z=4" (natural standard deviations) or "kl=3" (nats)'
 SWEEP = 1 + len(FIRST)  # strengths, the natural one among them
-BUDGET = 3 * SWEEP
+BUDGET = 3 * SWEEP  # blocks of n rows
 
 
 @dataclass(frozen=True)
@@ -80,47 +82,56 @@ class Asked:
 class ConstraintPlan(PlanData):
     """A plan whose strengths are found. asked: the constraint; n, seed, batch_size as in PlanData.
 
-    strengths: all of them; `of` holds those of each unit, by its index.
+    strengths: all of them; `of` holds those of each unit, by its index, and how many blocks of n rows each has.
     """
 
     def __init__(self, asked: Asked, n: int, seed: int, batch_size: int):
         super().__init__([0.0], n, seed, batch_size)
         self.asked = asked
-        self.of: dict[int, set[float]] = {}
+        self.of: dict[int, dict[float, int]] = {}
 
     def adopt(self, folder: RunFolder, units: list[str]) -> None:
         """Start from natural samples, and from what a folder has planned before."""
         manifest = folder.read_manifest()
-        by_unit = manifest.get("constraint", {}).get("strengths", {})
+        told = manifest.get("constraint", {})
         everyone = manifest.get("plan", {}).get("strengths", [])
         for i, name in enumerate(units):
-            self.of[i] = {0.0, *by_unit.get(name, everyone)}
+            strengths = told.get("strengths", {}).get(name, everyone)
+            blocks = told.get("blocks", {}).get(name, [1] * len(strengths))
+            self.of[i] = {0.0: 1, **dict(zip(strengths, blocks))}
         self._union()
 
     def grow(self, found: list[dict]) -> bool:
         """Add what the certificates propose; False where there is nothing to add, or no budget for it."""
-        before = {i: len(s) for i, s in self.of.items()}
+        before = {i: dict(s) for i, s in self.of.items()}
         for i, entry in enumerate(found):
-            left = BUDGET - len(self.of[i])
+            mine = self.of[i]
+            left = BUDGET - sum(mine.values())
             if entry["status"] == "open" and left > 0:
-                self.of[i] |= set(entry["propose"][:left])
+                mine |= {s: 1 for s in entry["propose"][:left] if s not in mine}
+            elif entry["status"] == "reached" and entry["enlarge"] > 1:
+                blocks = math.ceil(entry["enlarge"] * mine[entry["strength"]])
+                if blocks - mine[entry["strength"]] <= left:  # less would not do
+                    mine[entry["strength"]] = blocks
         self._union()
-        return before != {i: len(s) for i, s in self.of.items()}
+        return before != self.of
 
     def describe(self, units: list[str]) -> dict:
         """The manifest's entries on the plan."""
         by_unit = {name: sorted(self.of[i]) for i, name in enumerate(units)}
+        blocks = {name: [self.of[i][s] for s in by_unit[name]] for i, name in enumerate(units)}
         return {
             "plan": {"strengths": self.strengths, "n": self.n, "seed": self.seed},
-            "constraint": {"asked": self.asked.text, "strengths": by_unit},
+            "constraint": {"asked": self.asked.text, "strengths": by_unit, "blocks": blocks},
         }
 
     def _union(self) -> None:
         self.strengths = sorted(set().union(*self.of.values()))
 
     def rows(self) -> list[Row]:
-        rows = plan(self.units, self.strengths, self.n, self.seed)
-        return [r for r in rows if r.strength in self.of.get(r.unit, {0.0})]
+        most = max([1, *(b for s in self.of.values() for b in s.values())])
+        rows, none = plan(self.units, self.strengths, self.n * most, self.seed), {0.0: 1}
+        return [r for r in rows if r.seed - self.seed < self.n * self.of.get(r.unit, none).get(r.strength, 0)]
 
 
 def solve(trainer: Trainer, module: Any, data: ConstraintPlan, writer: Any) -> list[dict]:
