@@ -27,6 +27,7 @@ from tiltlens.errors import UserError
 from tiltlens.modules.image_shards import ShardSource
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+FAKE_HELD_OUT = 1 << 31  # the seed of FakeData's first held-out image: beyond any of training
 FAKE_SIZE = 512  # images of FakeData where its size is not given: enough for a smoke run
 
 
@@ -132,7 +133,7 @@ class TorchvisionSource:
         if name == "FakeData":
             given = {"size": FAKE_SIZE, "image_size": (3, size, size), **given}
             # image i is drawn from the seed i + random_offset: held-out images must be others
-            given.setdefault("random_offset", given["size"] if held_out else 0)
+            given.setdefault("random_offset", FAKE_HELD_OUT if held_out else 0)
         part = part_arguments(known, given, held_out)
         try:
             self.data = maker(**given, **part)
