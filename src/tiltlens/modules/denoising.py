@@ -67,7 +67,7 @@ class DenoisingLoss(nn.Module):
         self, network: Callable[[Tensor, Tensor], Tensor], x_0: Tensor, t: Tensor, generator: torch.Generator
     ) -> Errors:
         """network: F(x (B, ...), time (B,)). x_0 (B, ...), t (B,) indices of the training table, cleanest first."""
-        eps = torch.randn(x_0.shape, generator=generator).to(x_0)
+        eps = torch.randn(x_0.shape, generator=generator, device=generator.device).to(x_0)
         at = dict(zip(self.ROWS, self.table[:, t.to(self.table.device)]))
         wide = {k: v.view(-1, *(1,) * (x_0.ndim - 1)) for k, v in at.items()}
         x_t = wide["alpha"] * x_0 + wide["sigma"] * eps

@@ -123,16 +123,15 @@ class PriorModule(LightningModule):
         return self.latents(images) if self.latents else images
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        generator = torch.Generator().manual_seed(batch["seed"])
-        images = batch["image"]
+        generator, images = self._generator(batch), batch["image"]
         if self.flip:
-            mirrored = torch.rand(len(images), generator=generator).to(images) < 0.5
+            mirrored = torch.rand(len(images), generator=generator, device=generator.device) < 0.5
             images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         if self.random:
             torch.manual_seed(
                 batch["seed"]
             )  # dropout draws from the global generator: the batch names it too
-        t = torch.randint(len(self.loss), (len(images),), generator=generator)
+        t = torch.randint(len(self.loss), (len(images),), generator=generator, device=generator.device)
         loss = self.loss(self, self.encode(images), t, generator).loss.mean()
         self.log("train_loss", loss, prog_bar=True, batch_size=len(images))
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"], batch_size=len(images))
@@ -140,9 +139,9 @@ class PriorModule(LightningModule):
 
     def held_out(self, batch: Batch) -> Errors:
         """The errors of a batch on a stratified t: it covers the table evenly, so that few images make a steady number."""
-        generator = torch.Generator().manual_seed(batch["seed"])
-        n, length = len(batch["image"]), len(self.loss)
-        t = ((torch.arange(n) + torch.rand(n, generator=generator)) * length / n).long().clamp(max=length - 1)
+        generator, n, length = self._generator(batch), len(batch["image"]), len(self.loss)
+        u = torch.rand(n, generator=generator, device=generator.device)
+        t = ((torch.arange(n, device=u.device) + u) * length / n).long().clamp(max=length - 1)
         return self.loss(self, self.encode(batch["image"]), t, generator)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -153,6 +152,10 @@ class PriorModule(LightningModule):
         for name, (mean, rows) in by_noise(errors.clean, errors.log_snr).items():
             # no sync between ranks: a bin may be empty on one of them
             self.log(f"val_x0_error/{name}", mean, batch_size=rows)
+
+    def _generator(self, batch: Batch) -> torch.Generator:
+        """The batch's randomness, drawn where it is used: noise for a large batch would keep an accelerator waiting."""
+        return torch.Generator(batch["image"].device).manual_seed(batch["seed"])
 
     def configure_optimizers(self) -> dict[str, Any]:
         learned = lora_parameters(self.network) if self.adapted else self.network.parameters()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -18,13 +19,15 @@ class StepMonitor(Callback):
     """Logs gradient_norm (before clipping) and images_per_second (all ranks; validation and saving not counted).
 
     Stops at a loss or gradient that is not finite with the batch named, before anything more is saved: UserError.
-    With fp16 the scaler skips such gradients, and only the loss counts.
+    With fp16 the scaler skips such gradients, and where weights are sharded no process has the whole gradient: there
+    only the loss counts.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._watched: deque[tuple[str, str, Tensor]] = deque()
         self._batch, self._images, self._since = "", 0, time.perf_counter()
         self._told, self._scaled = trainer.global_step, trainer.precision == "16-mixed"
+        self._sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -43,6 +46,8 @@ class StepMonitor(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
+        if self._sharded:
+            return
         gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not self._scaled:

@@ -35,7 +35,7 @@ LOGGER = {
     "class_path": "lightning.pytorch.loggers.WandbLogger",
     "init_args": {"project": "tiltlens", "offline": True},
 }
-SHARDED = ("fsdp", "model_parallel", "deepspeed")
+SHARDED = ("fsdp", "modelparallel", "deepspeed")
 
 
 class SaveAsked(SaveConfigCallback):
@@ -96,7 +96,8 @@ class TrainingCLI(CommandLine):
         resumed = CheckResumed(self._get(self.config, "ckpt_path"))
         config["callbacks"] = [*(config["callbacks"] or []), resumed, StepMonitor(), *checkpoints]
         config["default_root_dir"] = out
-        if not str(config["strategy"]).startswith(SHARDED):  # these have checkpoints of their own
+        strategy = str(config["strategy"]).lower().replace("_", "")  # a name, or an object
+        if not any(name in strategy for name in SHARDED):  # these have checkpoints of their own
             config["plugins"] = [*_listed(config["plugins"]), WholeCheckpointIO()]
         loggers = [x for x in _listed(config["logger"]) if x is not True]
         for logger in loggers:
