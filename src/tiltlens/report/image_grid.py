@@ -1,6 +1,7 @@
 """Samples as a picture: seeds are columns, strengths are rows, and a column starts from the same noise."""
 
 from base64 import b64encode
+from collections.abc import Hashable, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -20,17 +21,43 @@ PAPER, INK, FAINT = "#ffffff", "#23272b", "#eceef0"
 def cells(run: UnitRun) -> tuple[list[int], dict[float, dict[int, str | None]]]:
     """The seeds that have an image, and by strength (0 first, ascending) and seed the name of that image.
 
-    Particles that left the output are not shown; the others are numbered from 0, for a column of theirs has no noise in
-    common.
+    Particles that left the output are not shown; the others are dealt (`dealt`) and numbered from 0, for a column of
+    theirs has no noise in common.
     """
-    by_strength: dict[float, dict[int, str]] = {}
+    by_strength: dict[float, dict[int, str | None]] = {}
     columns = (run.samples[name].to_pylist() for name in ("strength", "seed", "image"))
-    for strength, seed, name, copies in zip(*columns, run.copies):
-        if name is not None and copies:
-            row = by_strength.setdefault(strength, {})
-            row[len(row) if run.in_groups else seed] = name
+    groups = run.samples["group"].to_pylist() if run.in_groups else [None] * run.samples.num_rows
+    survivors: dict[float, list[tuple[int | None, str]]] = {}
+    for strength, seed, name, copies, group in zip(*columns, run.copies, groups):
+        if name is None or not copies:
+            continue
+        if run.in_groups:
+            survivors.setdefault(strength, []).append((group, name))
+        else:
+            by_strength.setdefault(strength, {})[seed] = name
+    for strength, members in survivors.items():
+        order = dealt([group for group, _ in members])
+        by_strength[strength] = {k: members[i][1] for k, i in enumerate(order)}
     seeds = sorted({seed for row in by_strength.values() for seed in row})
     return seeds, {s: {seed: by_strength[s].get(seed) for seed in seeds} for s in sorted(by_strength)}
+
+
+def dealt(groups: Sequence[Hashable]) -> list[int]:
+    """An order of particles in which the first k, for any k, come from all groups alike and from far apart in each.
+
+    groups: of each particle. Neighbours in a group are often copies of one ancestor (systematic resampling keeps the
+    order), and a row of the first few would show one family of one group; so a group is read in the bit-reversed order
+    of van der Corput, and the groups take turns.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    turns = []
+    for place, rows in enumerate(members.values()):
+        bits = max(1, (len(rows) - 1).bit_length())
+        spread = sorted(range(len(rows)), key=lambda k, bits=bits: int(f"{k:0{bits}b}"[::-1], 2))
+        turns += [(turn, place, rows[k]) for turn, k in enumerate(spread)]
+    return [row for _, _, row in sorted(turns)]
 
 
 def grid(folder: RunFolder | str | Path, unit: str) -> Image.Image | None:
