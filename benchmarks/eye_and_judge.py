@@ -64,7 +64,7 @@ class Figure:
     strength: float
     n: int
     shift: tuple[float, float]
-    nats: float
+    nats: tuple[float, float]
     least: tuple[float, float] | None
     judge: tuple[float, float]
     ratio: tuple[float, float] | None
@@ -253,7 +253,7 @@ class Judge:
     def reweighted(self, curve: Curve, name: str, k: int, strength: float) -> Figure:
         shift, judge, kl = curve.at(np.full(len(curve.counts), strength))
         named = float(curve.weights(strength) @ (self.free.argmax(1) == k))
-        return Figure(name, "re-weighted", strength, round(curve.ess(strength)), pair(shift), float(kl[0]), pair(kl),
+        return Figure(name, "re-weighted", strength, round(curve.ess(strength)), pair(shift), pair(kl), pair(kl),
                       pair(judge), None, named, 0.0)  # fmt: skip
 
 
@@ -268,38 +268,40 @@ def guided(curve: Curve, name: str, method: str, run: dict, twins: dict) -> Figu
     keep = run["finite"] & twins["finite"]
     n = int(keep.sum())
     mean = lambda x: resamples(n) @ x[keep] / n  # noqa: E731
-    return figure(
-        curve,
-        name,
-        method,
-        run,
-        n,
-        mean(run["z"] - twins["z"]),
-        mean(run["judge"] - twins["judge"]),
-        keep / n,
-    )
+    shift, judge = mean(run["z"] - twins["z"]), mean(run["judge"] - twins["judge"])
+    named = float(run["named"][keep].mean())
+    return figure(curve, name, method, run, n, shift, judge, mean(run["path_kl"]), named)
 
 
 def particles(curve: Curve, name: str, run: dict) -> Figure:
-    """All groups by their weights; errors by whole groups. Against the mean of the unguided images."""
+    """The law of an output particle: of a group drawn evenly, one particle by its weight. Errors by whole groups."""
     w, n = weights_of(run), len(run["z"])
     groups = np.unique(run["group"], return_inverse=True)[1]
-    of = lambda x: resamples(groups.max() + 1) @ np.bincount(groups, w * x)  # noqa: E731
+    counts = resamples(groups.max() + 1)
+    of = lambda x: counts @ np.bincount(groups, w * x)  # noqa: E731  counts are as many as groups
     free = curve.counts @ np.stack([curve.z, curve.judge], 1) / len(curve.z)
-    shift, judge = (of(run[x]) / of(np.ones(n)) - free[:, i] for i, x in enumerate(("z", "judge")))
-    return figure(curve, name, "particles", run, n, shift, judge, w / w.sum())
+    shift, judge = (of(run[x]) - free[:, i] for i, x in enumerate(("z", "judge")))
+    nats = of(np.where(w > 0, run["path_kl"], 0))
+    return figure(curve, name, "particles", run, n, shift, judge, nats, float(w @ run["named"]))
 
 
 def weights_of(run: dict) -> np.ndarray:
-    return np.where(run["finite"], np.exp(run["log_w"] - np.nanmax(run["log_w"])), 0.0)
+    """Of particles, of sum 1 over all rows and evenly shared among groups."""
+    groups = np.unique(run["group"], return_inverse=True)[1]
+    log_w = np.where(run["finite"], run["log_w"], -np.inf)
+    top = np.full(groups.max() + 1, -np.inf)
+    np.maximum.at(top, groups, log_w)
+    w = np.exp(log_w - top[groups])
+    return w / np.bincount(groups, w)[groups] / len(top)
 
 
-def figure(curve: Curve, name: str, method: str, run: dict, n: int, shift, judge, w) -> Figure:
-    """Holds a run against the re-weighted images at its own shift. shift, judge (1 + B,); w (rows,): of sum 1."""
+def figure(
+    curve: Curve, name: str, method: str, run: dict, n: int, shift, judge, nats, named: float
+) -> Figure:
+    """Holds a run against the re-weighted images at its own shift. shift, judge, nats (1 + B,)."""
     beside = curve.beside(shift)
     ratio, least = (None, None) if beside is None else (pair(judge / beside[0]), pair(beside[1]))
-    nats, named = (float(w @ np.where(w > 0, run[x], 0)) for x in ("path_kl", "named"))
-    return Figure(name, method, float(run["strength"]), n, pair(shift), nats, least, pair(judge), ratio, named,
+    return Figure(name, method, float(run["strength"]), n, pair(shift), pair(nats), least, pair(judge), ratio, named,
                   float(run["seconds"]))  # fmt: skip
 
 
@@ -341,7 +343,7 @@ def pixels(images: np.ndarray) -> np.ndarray:
 
 
 def caption(f: Figure) -> str:
-    nats = f"{f.nats:.1f} nats" if f.method == "re-weighted" else f"at most {f.nats:.1f} nats"
+    nats = f"{f.nats[0]:.1f} nats" if f.method == "re-weighted" else f"at most {f.nats[0]:.1f} nats"
     return f"{f.method}: {nats}, shift {f.shift[0]:.1f}, judge {f.judge[0]:.1f}"
 
 
@@ -387,7 +389,7 @@ def report(figures: list[Figure]) -> dict:
     print("|---" * 11 + "|")
     for f in figures:
         print(
-            f"| {f.name} | {f.method} | {f.strength:.3g} | {f.n} | {pm(f.shift)} | {f.nats:.2f} | {pm(f.least)} | {pm(f.judge)} "
+            f"| {f.name} | {f.method} | {f.strength:.3g} | {f.n} | {pm(f.shift)} | {pm(f.nats)} | {pm(f.least)} | {pm(f.judge)} "
             f"| {pm(f.ratio)} | {f.named:.0%} | {f.seconds:.2f} |"
         )
     closing = {}
