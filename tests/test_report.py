@@ -13,6 +13,8 @@ from PIL import Image
 
 from tiltlens import report
 from tiltlens.report.digits import number, plus_minus
+from tiltlens.report.findings import certificate, learned
+from tiltlens.report.image_grid import dealt
 from tiltlens.run_folder import RunFolder, image_name, unit_slug
 from tiltlens.run_tables import as_json
 
@@ -384,7 +386,54 @@ def test_particles_are_shown_as_their_equally_weighted_output(tmp_path):
     (run,) = report.read_units(folder).values()
     assert run.values("z")[1.0].tolist() == [0, 0, 0, 2]
     page = report.write_report(folder).read_text()
+    assert "<dt>status</dt><dd>open</dd>" in page
     assert page.count("<img") == 2
     assert "3 copies" in page
     assert "Asked for &lt;z=3&gt;: not met." in page
     assert 'class="constraint unmet"' in page
+
+
+def test_the_certificate_is_on_the_page_in_numbers():
+    entry = {
+        "kind": "activation", "status": "reached", "law": "q_s", "target": 3.0, "strength": 1.25, "value": 3.04,
+        "value_se": 0.06, "kl": 4.61, "kl_se": 0.2, "kl_least": 4.5, "kl_most": None, "reach": (0.1, 3.9),
+    }  # fmt: skip
+    told = dict(certificate(entry))
+    assert told["reached, mean activation"] == plus_minus(3.04, 0.06)
+    assert told["KL(q_s‖p), nats"] == plus_minus(4.61, 0.2)
+    assert told["least KL of any law with that mean"] == "4.5"
+    assert told["reachable, mean activation"] == "0.1 to 3.9"
+    assert told["certified"] == "the ideal law q_s"
+    assert "KL at most" not in told
+    assert certificate(None) == []
+
+
+def test_what_was_learned_is_told_with_the_gap_before_and_after(tmp_path):
+    lesson = {
+        "learned": "head", "pilot": 64, "shadows": 48, "efficiency_before": (0.36, 0.04), "gap_before": (0.81, 0.07),
+        "efficiency_after": (0.5, 0.05), "gap_after": (0.55, 0.06),
+    }  # fmt: skip
+    folder = RunFolder(tmp_path)
+    folder.claim({})
+    folder.write_manifest({"learned": {"u": lesson}})
+    folder.write_curve([{"unit": "u", "strength": 1.0, "n": 4, "z_mean": 0.5}])
+    page = report.write_report(folder).read_text()
+    assert f"before → after: {plus_minus(0.81, 0.07)} → {plus_minus(0.55, 0.06)}" in page
+    assert "learned" not in (learned(None) or "")
+    assert "it is the default" in learned(lesson | {"gap_before": [None, None]})
+
+
+@pytest.mark.parametrize("sizes", [(16, 16, 16, 16), (1, 1), (5,), (3, 7, 2)])
+def test_particles_are_dealt_from_all_groups_alike_and_from_far_apart_in_each(sizes):
+    """Every particle once; of the first k no group has two more than another that is not used up; of a group of 16 the
+    first four are four apart."""
+    groups = [g for g, size in enumerate(sizes) for _ in range(size)]
+    order = dealt(groups)
+    assert sorted(order) == list(range(len(groups)))
+    for k in range(len(order)):
+        taken = [sum(groups[i] == g for i in order[:k]) for g in range(len(sizes))]
+        left = [t for t, size in zip(taken, sizes) if t < size]
+        assert max(taken, default=0) - min(left, default=max(taken, default=0)) <= 1
+    if sizes[0] == 16:
+        assert sorted(i for i in order if groups[i] == 0)[:4] == [0, 1, 2, 3]
+        assert sorted([i for i in order if groups[i] == 0][:4]) == [0, 4, 8, 12]

@@ -27,6 +27,8 @@ class Offline:
         self.metrics = {m["name"]: m.get("step_metric") for m in metrics if "name" in m}
         configs = [r["config"]["update"] for r in records if r["type"] == "config"]
         self.config = {k: v for c in configs for k, v in c.items()}
+        said = [r["summary"].get("update", {}) for r in records if r["type"] == "summary"]
+        self.summary = {k: v for s in said for k, v in s.items()}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,34 @@ def test_the_configuration_has_fingerprints(sampled):
     assert said["state"] == "complete"
 
 
-def test_a_second_call_is_a_second_run_that_says_the_same(sampled):
-    folder, first = sampled
-    second = Offline(folder.path, 1)
-    assert [sorted(h) for h in second.history] == [sorted(h) for h in first.history]
+def test_a_second_call_with_nothing_to_do_writes_no_second_run(sampled):
+    folder, _ = sampled
+    assert folder.read_manifest()["timings"]["rows_sampled"] == 0
+    assert len(list(folder.path.glob("wandb/offline-run-*"))) == 1
+
+
+def test_the_certificate_is_in_the_summary(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sample.py"])
+    args = ["--config=configs/sample/analytic.yaml", "--model.steps=20", "--model.prior.init_args.points=60", "--data.n=64",
+            "--data.batch_size=256", "--trainer.accelerator=cpu", f"--out={tmp_path}", "--constraint=kl=1"]  # fmt: skip
+    main(args)
+    found = RunFolder(tmp_path).read_summary()["constraint"]["projection[1,0.5]"]
+    said = {
+        k.partition("/constraint/")[2]: v for k, v in Offline(tmp_path).summary.items() if "/constraint/" in k
+    }
+    for name in (
+        "asked",
+        "status",
+        "law",
+        "target",
+        "strength",
+        "value",
+        "value_se",
+        "kl",
+        "kl_se",
+        "kl_least",
+    ):
+        assert said[name] == (found[name] if isinstance(found[name], str) else pytest.approx(found[name])), (
+            name
+        )
+    assert (said["reach_low"], said["reach_high"]) == pytest.approx(tuple(found["reach"]))

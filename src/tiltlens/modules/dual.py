@@ -144,7 +144,10 @@ def solve(trainer: Trainer, module: Any, data: ConstraintPlan, writer: Any) -> l
     callbacks, report, reused = list(trainer.callbacks), writer.report, None
     data.adopt(folder, names)
     if trainer.is_global_zero:
+        before = folder.read_manifest().get("constraint", {}).get("asked")
         writer.open(module, data)
+        if writer.whole and before == data.asked.text:
+            trainer.loggers = []  # nothing to do: no second W&B run that says the same
     trainer.callbacks, writer.report = [c for c in callbacks if c not in last], False
     try:
         while True:

@@ -21,7 +21,7 @@ GUIDED_COST = 4  # a guided step in unguided ones: two backward passes and the e
 
 
 class SamplingProgress(Callback):
-    """On stderr: the pilot first, then rows and steps of this rank. A bar on a terminal, a line now and then elsewhere."""
+    """On stderr: pilot and learning first, then rows and steps of this rank. A bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -41,9 +41,9 @@ class SamplingProgress(Callback):
         self._batch = batch_idx
 
     def report(self, phase: str, done: int, total: int) -> None:
-        """done of total steps: of the pilot, or of the batch at hand."""
-        if phase == "pilot":
-            self._show("pilot", f"step {done} of {total}", done, total)
+        """done of total steps: of the pilot, of what is learned from it, or of the batch at hand."""
+        if phase in ("pilot", "learning"):
+            self._show(phase, f"step {done} of {total}", done, total)
             return
         costs = [sum(GUIDED_COST if r.strength > 0 else 1 for r in b) for b in self._batches]
         rows = [len(b) for b in self._batches]

@@ -72,6 +72,7 @@ class RunFolderWriter(Callback):
         self.folder = RunFolder(out)
         self.config, self.report = config, report
         self._began, self._open = time.time(), False
+        self.whole = False  # whether all that is asked was here before
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, SamplingModule):
@@ -100,12 +101,19 @@ class RunFolderWriter(Callback):
         self._open = True
         identity = {**module.describe(), "seed": data.seed}
         plan = self._grown_plan(data)
+        self.whole = self._is_whole(module, data)
         self.folder.claim(identity)
         if self.config:
             self.folder.write_config(self.config)
         self.folder.write_manifest(
             {**provenance(module), "plan": plan, "state": "running", "started": _now()}
         )
+
+    def _is_whole(self, module: SamplingModule, data: Any) -> bool:
+        index = {u.name: i for i, u in enumerate(module.units)}
+        data.units = len(module.units)
+        done = {Row(index[u], s, k) for u, s, k in self.folder.done() if u in index}
+        return self.folder.read_manifest().get("state") == "complete" and done >= set(data.rows())
 
     def _grown_plan(self, data: Any) -> dict:
         """Raises ValueError where the stored plan holds what the asked one does not."""

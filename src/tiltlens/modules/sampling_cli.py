@@ -119,6 +119,8 @@ def main(args: list[str] | None = None) -> None:
         data.asked.check(cli.model.pilot, cli.model.natural)
     elif cli.trainer.is_global_zero:
         writer.open(cli.model, data)
+        if writer.whole:
+            cli.trainer.loggers = []  # nothing to do: no second W&B run that says the same
     try:
         if asked is None:
             cli.trainer.predict(cli.model, datamodule=data, return_predictions=False)

@@ -174,7 +174,7 @@ class SamplingModule(LightningModule):
         barrier("lessons looked for")
         mine = store is None or self.trainer.is_global_zero
         if kept is not None or mine:
-            report = (lambda done, total: self.progress("pilot", done, total)) if self.progress else None
+            report = (lambda done, total: self.progress("learning", done, total)) if self.progress else None
             self.sampler.calibrate(pilots, reference, kept, report)
             if store and kept is None:
                 store.save_lessons(self.units, self.sampler.lessons)

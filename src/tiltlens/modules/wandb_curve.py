@@ -3,7 +3,7 @@
 For each (unit, schedule), under the prefix UNIT/SCHEDULE: one history row a strength, in order of strength, with exact
 metric names that have the strength as their x axis; grids of images on fixed seeds, strength 0 first; histograms; the
 norm of the guidance at each step against log-SNR, with particles their ESS and unique ancestors, and with walks in
-noise space the acceptance on their ladder; and one sortable table of samples. Of particles, pictures and histograms
+noise space the acceptance on their ladder; the certificate of a constraint, as summary keys; and one sortable table of samples. Of particles, pictures and histograms
 show the equally weighted output.
 """
 
@@ -20,6 +20,7 @@ from tiltlens.errors import UserError
 from tiltlens.modules.results import columns
 from tiltlens.modules.sampling_module import SamplingModule
 from tiltlens.report import grid
+from tiltlens.report.image_grid import dealt
 from tiltlens.run_folder import RunFolder
 from tiltlens.sampling import Independent
 
@@ -51,6 +52,7 @@ class WandbCurve(Callback):
             log_curve(run, prefix, rows, mine, folder)
             log_steps(run, prefix, folder, unit.name, mine["group"])
             log_walks(run, prefix, folder, unit.name)
+            log_certificate(run, prefix, folder.read_summary().get("constraint", {}).get(unit.name))
             if pl_module.prior.images:
                 run.log(
                     {
@@ -124,11 +126,15 @@ def log_curve(
 
 
 def _shown(samples: dict[str, np.ndarray], copies: np.ndarray, each: int) -> list[int]:
-    """Rows in order of strength and seed: of each strength the first that have a picture and a copy in the output."""
+    """Rows in order of strength: of each the first by seed (of particles: by `dealt`) that have a picture and a copy."""
     shown: dict[float, list[int]] = {}
     for i in np.lexsort((samples["seed"], samples["strength"])):
         if samples["image"][i] is not None and copies[i] > 0:
             shown.setdefault(samples["strength"][i], []).append(i)
+    if "group" in samples and not np.isnan(np.asarray(samples["group"], float)).all():
+        shown = {
+            s: [rows[k] for k in dealt([samples["group"][i] for i in rows])] for s, rows in shown.items()
+        }
     return [i for rows in shown.values() for i in rows[:each]]
 
 
@@ -172,6 +178,17 @@ def log_walks(run: Any, prefix: str, folder: RunFolder, unit: str) -> None:
         run.summary.update(
             {f"{prefix}/{name}/{at}": d[name] for name in ("autocorrelation", "effective", "lost")}
         )
+
+
+def log_certificate(run: Any, prefix: str, found: dict | None) -> None:
+    """Of a constraint: what was asked and what is certified, as summary keys PREFIX/constraint/...; the reachable range as
+    two."""
+    told = {
+        k: v for k, v in (found or {}).items() if k not in ("propose", "reach", "enlarge") and v is not None
+    }
+    if found:
+        told |= dict(zip(("reach_low", "reach_high"), found["reach"]))
+    run.summary.update({f"{prefix}/constraint/{k}": v for k, v in told.items()})
 
 
 def log_table(run: Any, samples: dict[str, np.ndarray], folder: RunFolder) -> None:

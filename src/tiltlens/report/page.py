@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from tiltlens.report import answers, columns, figures, image_grid
 from tiltlens.report.digits import number
+from tiltlens.report.findings import certificate, learned
 from tiltlens.report.provenance import brief, provenance
 from tiltlens.report.unit_run import UnitRun, read_units
 from tiltlens.run_folder import RunFolder
@@ -73,6 +74,8 @@ def _render(folder: RunFolder, runs: dict[str, UnitRun]) -> str:
         units=[
             _unit(folder, run, MOST if len(runs) <= ATLAS else FIRST)
             | {"constraint": constraints.get(run.unit)}
+            | {"certificate": certificate(constraints.get(run.unit))}
+            | {"learned": learned(manifest.get("learned", {}).get(run.unit))}
             for run in runs.values()
         ],
         warnings=answers.find_warnings(folder, runs),
