@@ -98,7 +98,7 @@ def assert_same(one, two, exactly=True):
 def test_killed_and_resumed_is_uninterrupted(start, tmp_path):
     """kill -9 at any moment after the first checkpoint; the same command with --ckpt_path last ends with the same bits."""
     lora = ("--model.lora.rank=2", "--trainer.accumulate_grad_batches=2")
-    steps = 12 * 3  # twelve epochs of 2 + 2 + 1 batches
+    steps = 9 * 3  # nine epochs of 2 + 2 + 1 batches
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     TrainingCLI(arguments(start, whole, steps, *lora))
     victim = subprocess.Popen(

@@ -25,14 +25,18 @@ def train(name, out, monkeypatch, *more):
     return TrainingCLI(["fit", f"--config={CONFIGS / name}-smoke.yaml", f"--out={out}", *SHORT, *more])
 
 
-@pytest.mark.parametrize("name", ["prior", "prior-finetune", "prior-lora", "prior-latent"])
+def assert_sampled_by_diffusers(folder, kind):
+    pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    assert isinstance(pipeline, kind)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(batch_size=1, num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
+
+
+@pytest.mark.parametrize("name", ["prior", "prior-finetune", "prior-lora"])
 def test_priors(name, tmp_path, monkeypatch):
     cli = train(name, tmp_path, monkeypatch, "--trainer.logger=false")
     assert (tmp_path / "grids" / "step-000002.png").is_file()
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "prior", use_safetensors=True)
-    assert isinstance(pipeline, LDMPipeline if name == "prior-latent" else DDPMPipeline)
-    pipeline.set_progress_bar_config(disable=True)
-    assert pipeline(batch_size=1, num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
+    assert_sampled_by_diffusers(tmp_path / "prior", DDPMPipeline)
     before, after = load_prior("bundled"), load_prior(str(tmp_path / "prior"))
     if name in ("prior-finetune", "prior-lora"):
         assert before.describe() | {"name": ""} == after.describe() | {"name": ""}
@@ -42,9 +46,10 @@ def test_priors(name, tmp_path, monkeypatch):
         assert learned < 0.05 * sum(p.numel() for p in before.denoiser.parameters())
 
 
-def test_what_was_trained_is_sampled(tmp_path, monkeypatch):
+def test_latents_and_what_was_trained_is_sampled(tmp_path, monkeypatch):
     """... the same minute, by sample.py; and W&B, offline, has what was watched."""
     train("prior-latent", tmp_path, monkeypatch, "--trainer.log_every_n_steps=1")
+    assert_sampled_by_diffusers(tmp_path / "prior", LDMPipeline)
     run = Offline(tmp_path)
     for name in ("train_loss", "learning_rate", "gradient_norm", "images_per_second", "val_loss"):
         assert any(name in h for h in run.history), name
