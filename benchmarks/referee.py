@@ -313,8 +313,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pilot", type=int, default=64, help="trajectories for the slopes of Calibrated")
     parser.add_argument("--particles", type=int, default=12, help="in a group")
     parser.add_argument("--groups", type=int, default=12, help="of particles, at each strength")
-    parser.add_argument("--walks", type=int, default=48, help="of the referee")
-    parser.add_argument("--levels", type=int, default=24, help="of a walk's ladder, a multiple of 3")
+    parser.add_argument("--walks", type=int, default=32, help="of the referee")
+    parser.add_argument("--levels", type=int, default=36, help="of a walk's ladder, a multiple of 3")
     parser.add_argument("--final", type=int, default=2, help="further moves at its end")
     parser.add_argument("--chains", type=int, default=0, help="Metropolis chains at the largest strength")
     parser.add_argument(
