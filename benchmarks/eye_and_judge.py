@@ -221,7 +221,8 @@ class Judge:
 
     def __init__(self, folder: Path, classes: list[str], unguided: Tensor | None = None):
         name = f"local-dir:{folder}"
-        self.names = load_encoder(name).class_names or []
+        encoder = load_encoder(name)
+        self.names, self.size = encoder.class_names or [], encoder.input_size
         missing = [c for c in classes if c not in self.names]
         if missing:
             raise SystemExit(f"the judge {folder} knows no class {', '.join(missing)}; it knows {self.names}")
@@ -472,7 +473,7 @@ def main() -> None:
     picture(done, 4, 2, 48).quantize(256).save(asked.out / "overview.png", optimize=True)
     print(
         f"{asked.encoder} under {asked.prior}, {asked.precision}; {asked.steps} steps, eta 1, uniform in log-SNR; {len(images)} unguided "
-        f"images, {asked.samples} guided rows, {asked.groups} groups of {asked.particles} particles"
+        f"images, {asked.samples} guided rows, {asked.groups} groups of {asked.particles} particles; the judge reads {judge.size[0]} pixels"
         + (" (--quick: the figures mean nothing)" if asked.quick else "")
     )
     rows = [f for _, figures, _ in done for f in figures]
