@@ -186,6 +186,13 @@ def test_rows_needed_make_weights_healthy():
         assert np.isnan(relative_variance(copies(int(k / 2)), 1.0, KL_ROOT))
 
 
+def test_collapsed_weights_need_no_number_of_rows_that_can_be_named():
+    e = np.linspace(0, 1e4, 32)
+    nothing = Samples(1.0, e, -e, e, np.arange(32))
+    assert rows_needed(nothing, 1.0, KL_ROOT) == np.inf
+    assert rows_needed(Samples(1.0, e, None, None, np.arange(32)), 1.0, KL_ROOT) == np.inf
+
+
 def test_particles_certify_the_exact_law_with_more_rows_at_the_solution(tmp_path):
     """q0.99 of a mixture, far beyond its natural samples: the weights of one block of rows do not reach it."""
     prior, direction = GaussianMixture(*PRIOR), [1.0, -0.5]

@@ -336,3 +336,17 @@ def test_an_empty_strength_is_a_row_of_nulls():
         None,
         None,
     )
+
+
+def test_the_lower_bound_does_not_depend_on_how_strong_the_strongest_run_was():
+    """Natural a ~ N(0, 1), E = -a, guided samples of mean 2: the least KL is 2 nats, whatever strength they are called."""
+    rng = np.random.default_rng(5)
+    a = np.concatenate([rng.normal(0, 1, 2000), 2 + rng.normal(0, 0.1, 64)])
+    m = rng.normal(0, np.sqrt(2 * 20), 64)
+    for s in (10.0, 1e4, 1e7):
+        table = {
+            "strength": np.repeat([0.0, s], [2000, 64]), "seed": np.arange(2064), "activation": a, "energy": -a,
+            "log_w": np.concatenate([np.zeros(2000), s * a[2000:] - m - 20]), "path_kl": np.repeat([0.0, 20.0], [2000, 64]),
+        }  # fmt: skip
+        row = estimate_curve("u", table)[0][-1]
+        assert row["kl_lower"] == pytest.approx(2, abs=0.3)

@@ -120,6 +120,8 @@ def rows_needed(samples: Samples, strength: float, root: float) -> float:
 
 def _times(n: int, share: float, root: float, least: float = ESS_FLOOR) -> float:
     """k >= 1 with share k n >= max(least, min(root sqrt(k n), k n / 2)), as `ess_floor` asks."""
+    if not share * n > 1e-6:
+        return np.inf  # underflow: nothing is left to count on
     return max(1.0, least / (share * n), 1.0 if share >= 0.5 else (root / share) ** 2 / n)
 
 

@@ -3,6 +3,8 @@
 Gibbs: log Z(s) >= -(path_kl + s E) for every run. An estimate significantly below has missed a mode that guidance found.
 """
 
+import math
+
 import numpy as np
 
 from tiltlens.estimates import mbar
@@ -12,6 +14,8 @@ from tiltlens.estimates.pool import Pool
 from tiltlens.estimates.samples import Samples
 
 SIGNIFICANT = 3.0  # standard errors
+RATIO = 1.05
+NOTHING = 0.05  # l times the deviation of E
 
 
 def trusted(run: Samples, strength: float, root: float, floor: tuple[float, float]) -> tuple[float, float]:
@@ -44,9 +48,12 @@ def trusted_log_z(
     """l (L,), then log Z(l) and its variance from every run (runs, L), NaN where it is not trusted; last MBAR's, where
     there is a pool.
 
-    The grid is geometric, up to `top`; its ratio of 1.05 puts a supremum over l at most 0.1 % low.
+    The grid is geometric, up to `top` from where the tilt is nothing yet; its ratio of 1.05 puts a supremum over l at
+    most 0.1 % low.
     """
-    l = top * np.geomspace(1e-3, 1.0, 143)  # noqa: E741
+    spread = float(samples[0].energy.std())
+    low = min(1e-3 * top, NOTHING / spread) if spread * top > NOTHING else 1e-3 * top
+    l = np.geomspace(low, top, 1 + math.ceil(math.log(top / low) / math.log(RATIO)))  # noqa: E741
     floors = [log_z_floor(samples, x) for x in l]
     found = [[trusted(run, x, LOG_Z_ROOT, floor) for x, floor in zip(l, floors)] for run in samples]
     if pool is not None:
