@@ -21,7 +21,15 @@ from tiltlens.modules.training_cli import TrainingCLI
 from tiltlens.priors import GaussianMixture, load_prior
 from tiltlens.run_folder import RunFolder
 from tiltlens.sampling import Particles
-from tiltlens.sampling.adjoint import lean_adjoint, matching_loss, shift_of, walk
+from tiltlens.sampling.adjoint import (
+    drawn_steps,
+    lean_adjoint,
+    matches,
+    matching_loss,
+    shift_of,
+    step_energy,
+    walk,
+)
 from tiltlens.sampling.noise import Noise
 from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler
@@ -68,8 +76,8 @@ def stirred(control, scale=0.3):
     return control
 
 
-def kept(control, made, folder, strength=S):
-    config = AdapterConfig.of(control, made.prior, made.constraint, strength, CHAIN, {})
+def kept(control, made, folder, strength=S, until=None):
+    config = AdapterConfig.of(control, made.prior, made.constraint, strength, CHAIN, until, {})
     return str(save_control(control, config, folder / "adapter"))
 
 
@@ -162,8 +170,9 @@ def test_at_a_control_of_zero_matching_is_the_gradient_of_the_objective(energy):
     made = sampler(GaussianMixture(*MIXTURE), steps=5, energy=energy)
     torch.manual_seed(0)
     control, chain, bound = Head(made.prior.denoiser, width=8), made.chain, rows(made, 6)
-    path = walk(chain, control, bound, noise(made, 6), range(5))
-    matching_loss(chain, path, lean_adjoint(chain, path, bound)).backward()
+    path = walk(chain, control, bound, noise(made, 6))
+    found = matches(chain, path, lean_adjoint(chain, path, bound))
+    matching_loss(chain, control, found, torch.arange(6), range(4), [1.0] * 4).backward()
     found = [p.grad.clone() for p in control.trained()]
     control.zero_grad()
     draws = noise(made, 6)
@@ -202,30 +211,36 @@ def test_on_a_gaussian_the_matched_control_has_a_weight_that_its_start_alone_dec
     mean over starts is -log Z up to the little that the start, which is not steered, knows."""
     made = sampler(GaussianMixture([1.0], [[0.4, -0.3]], [0.5]), steps=8)
     bound, chain = rows(made, 16), made.chain
-    idle = walk(chain, Head(made.prior.denoiser), bound, noise(made, 16), [])
+    idle = walk(chain, Head(made.prior.denoiser), bound, noise(made, 16))
     adjoint = lean_adjoint(chain, idle, bound)
     torch.testing.assert_close(adjoint[0], adjoint[0][:1].expand_as(adjoint[0]))
     steps = zip(chain.indices[:-1], chain.coefficients, adjoint)
-    control = Matched({t: (-(c.v**2) / c.x0 * a[0]).requires_grad_() for t, c, a in steps})
-    path = walk(chain, control, bound, noise(made, 16, seed=50), range(8))
+    control = Matched({t: -(c.v**2) / c.x0 * a[0] for t, c, a in steps})
+    path = walk(chain, control, bound, noise(made, 16, seed=50))
     start = torch.cat([path.states[0].detach(), torch.ones(16, 1).double()], 1)
     affine = start @ torch.linalg.lstsq(start, path.objective[:, None]).solution
     torch.testing.assert_close(path.objective[:, None], affine, atol=1e-9, rtol=0)
-    assert float(matching_loss(chain, path, lean_adjoint(chain, path, bound))) < 1e-18
-    w = torch.exp(-walk(chain, Head(made.prior.denoiser), rows(made, 20_000), noise(made, 20_000), []).energy)
+    found = matches(chain, path, lean_adjoint(chain, path, bound))
+    assert float(matching_loss(chain, control, found, torch.arange(16), range(7), [1.0] * 7)) < 1e-18
+    w = torch.exp(-walk(chain, Head(made.prior.denoiser), rows(made, 20_000), noise(made, 20_000)).energy)
     z = math.exp(-float(path.objective.mean()))
     assert abs(float(w.mean()) - z) < 4 * float(w.std()) / 20_000**0.5 + 0.01 * z
 
 
-def test_the_loss_of_some_steps_is_on_average_that_of_all():
+def test_the_loss_of_drawn_steps_is_on_average_that_of_all():
     made = sampler(GaussianMixture(*MIXTURE), steps=5)
-    control, bound = stirred(Head(made.prior.denoiser, width=8)), rows(made, 4)
-
-    def loss(which):
-        path = walk(made.chain, control, bound, noise(made, 4), which)
-        return float(matching_loss(made.chain, path, lean_adjoint(made.chain, path, bound)))
-
-    assert sum(loss([k]) for k in range(4)) / 4 == pytest.approx(loss(range(5)))
+    control, bound, every = stirred(Head(made.prior.denoiser, width=8)), rows(made, 4), torch.arange(4)
+    path = walk(made.chain, control, bound, noise(made, 4))
+    found = matches(made.chain, path, lean_adjoint(made.chain, path, bound))
+    each = [float(matching_loss(made.chain, control, found, every, [k], [1.0]).detach()) for k in range(4)]
+    whole = float(matching_loss(made.chain, control, found, every, range(4), [1.0] * 4).detach())
+    assert sum(each) == pytest.approx(whole)
+    generator, drawn = torch.Generator().manual_seed(0), []
+    for _ in range(4000):
+        numbers, weights = drawn_steps(step_energy(made.chain, found), 2, generator)
+        drawn.append(sum(w * each[k] for k, w in zip(numbers, weights)))
+    drawn = torch.tensor(drawn)
+    assert abs(float(drawn.mean()) - whole) < 4 * float(drawn.std()) / 4000**0.5
 
 
 def test_warm_start_weights_keep_the_ess_that_is_asked():
@@ -291,8 +306,8 @@ def test_an_adapter_of_a_network_is_trained_and_sampled_from_the_command_line(pi
     ]
     module = "tiltlens.modules.amortise_module.AmortiseModule"
     fit = [
-        "fit", f"--model={module}", *common, "--model.pool=16", "--model.warm_steps=1", "--model.batch_size=4",
-        "--model.loss_steps=2", "--model.rank=2", "--trainer.enable_progress_bar=false", "--model.strength=2",
+        "fit", f"--model={module}", *common, "--model.pool=16", "--model.warm_steps=1", "--model.paths=4",
+        "--model.batch_size=4", "--model.round_steps=2", "--model.rank=2", "--trainer.enable_progress_bar=false", "--model.strength=2",
     ]  # fmt: skip
     TrainingCLI([*fit, "--trainer.max_steps=3", f"--out={tmp_path / 'whole'}"])
     TrainingCLI(
@@ -316,9 +331,16 @@ def test_an_adapter_of_a_network_is_trained_and_sampled_from_the_command_line(pi
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path):
-    """To the bit: every step's paths are named by the step."""
+    """To the bit: a round's paths are kept, and what a step reads of them is named by the step."""
     fit = ["fit", f"--config={CONFIG}", "--trainer.logger=false", "--trainer.accelerator=cpu"]
-    fit += ["--model.steps=4", "--model.batch_size=4", "--model.pool=8", "--model.decay=0"]
+    fit += [
+        "--model.steps=4",
+        "--model.paths=4",
+        "--model.batch_size=3",
+        "--model.round_steps=3",
+        "--model.pool=8",
+        "--model.decay=0",
+    ]
     TrainingCLI([*fit, "--trainer.max_steps=4", f"--out={tmp_path / 'whole'}"])
     TrainingCLI([*fit, "--trainer.max_steps=2", f"--out={tmp_path / 'cut'}"])
     TrainingCLI([*fit, "--trainer.max_steps=4", f"--out={tmp_path / 'cut'}", "--ckpt_path=last"])
@@ -347,11 +369,19 @@ def test_an_adapter_is_refused_where_it_was_not_trained_for(tmp_path):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"strength": 0.0}, {"eta": 0.0}, {"pool": 3}, {"steps": 1}, {"loss_steps": 16}, {"warm_share": 1.0}],
+    [
+        {"strength": 0.0},
+        {"eta": 0.0},
+        {"pool": 3},
+        {"steps": 1},
+        {"loss_steps": 0},
+        {"batch_size": 500},
+        {"warm_share": 1.0},
+    ],
 )
 def test_what_cannot_be_trained_is_refused(bad):
     (name,) = bad
-    with pytest.raises(UserError, match=f"model.*{name}"):
+    with pytest.raises(UserError, match=f"model.{name} "):
         AmortiseModule(**bad)
 
 

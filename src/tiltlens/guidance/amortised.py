@@ -2,7 +2,7 @@
 
     x0_hat <- x0_hat + [adapted(x_t) - x0_hat(x_t)]
 
-Two forwards a step, one of the base denoiser and one of the adapted; no backward, no pass of the encoder. The shift is
+Two forwards a controlled step, one of the base denoiser and one of the adapted; no backward, no pass of the encoder. The shift is
 fixed before the step's noise is drawn, so that path KL, log w, log Z and ESS are exact as for any other guidance, however
 well or badly the control was trained; what training decides is the gap. `train.py fit` with
 `tiltlens.modules.amortise_module.AmortiseModule` writes the folder:
@@ -40,7 +40,7 @@ FURTHEST = 2.0  # times the strength of training: a scaled adapter was measured 
 class AdapterConfig:
     """What an adapter was trained for. kind: lora or head. prior, unit: name and fingerprint (sha256). energy: its class and
     settings. strength: s. chain: steps, eta, spacing, clip; of others the weights are exact too, the gap is not the least.
-    trained: how, plain numbers."""
+    until: the log-SNR up to which steps are controlled, None for all. trained: how, plain numbers."""
 
     kind: str
     prior: dict[str, str]
@@ -48,11 +48,13 @@ class AdapterConfig:
     energy: dict[str, Any]
     strength: float
     chain: dict[str, Any]
+    until: float | None = None
     trained: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, control: Control, prior: Prior, constraint: Constraint, strength: float, chain: dict, trained: dict
+        cls, control: Control, prior: Prior, constraint: Constraint, strength: float, chain: dict, until: float | None,
+        trained: dict,
     ) -> "AdapterConfig":  # fmt: skip
         """Raises ValueError for more than one unit."""
         if len(constraint.bank.units) != 1:
@@ -60,7 +62,7 @@ class AdapterConfig:
         unit = constraint.bank.units[0]
         return cls(
             control.kind, {"name": prior.name, "fingerprint": prior.fingerprint},
-            {"name": unit.name, "fingerprint": unit.fingerprint}, energy_of(constraint), float(strength), chain, trained,
+            {"name": unit.name, "fingerprint": unit.fingerprint}, energy_of(constraint), float(strength), chain, until, trained,
         )  # fmt: skip
 
     @classmethod
@@ -148,6 +150,7 @@ class Amortised(Guidance):
         self.adapter = str(adapter)
         self._config = AdapterConfig.read(Path(adapter))
         self.fingerprint = hashlib.sha256((Path(adapter) / WEIGHTS).read_bytes()).hexdigest()
+        self.trained_at = self._config.strength
         self._control: Control | None = None
         self._scaled: dict[float, Control] = {}
 
@@ -155,8 +158,9 @@ class Amortised(Guidance):
         self._config.check(prior, constraint)
         self._control, self._scaled = load_control(Path(self.adapter), prior.denoiser), {}
 
-    def outcome(self) -> list[dict]:
-        return [dataclasses.asdict(self._config)]
+    def reads(self, step: Step, rows: RowConstraint) -> Tensor:
+        until = self._config.until
+        return super().reads(step, rows) & (until is None or float(step.schedule.log_snr[step.t]) <= until)
 
     def __call__(
         self, denoiser: Denoiser, x_t: Tensor, step: Step, rows: RowConstraint, memory: Any

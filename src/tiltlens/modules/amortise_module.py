@@ -1,44 +1,58 @@
 """Amortisation: a prior fine-tuned to the tilted law of one unit, q_s(x) ~ p(x) exp(-s E(a(x))).
 
-The soft-constraint objective s E_q[E] + path KL over the discrete chain, whose least value is -log Z(s), in two stages:
+The soft-constraint objective s E_q[E] + path KL over the discrete chain, whose least value is -log Z(s), by adjoint matching
+(`tiltlens.sampling.adjoint`) in rounds: `paths` paths of the present control, then `round_steps` steps of regression on
+them. A pool of unguided samples says beforehand what is natural; denoising score matching on it, re-weighted
+(`tiltlens.sampling.warm_start`), may lead the way for `warm_steps`.
 
-1. a pool of unguided samples; denoising score matching on it, re-weighted (`tiltlens.sampling.warm_start`): `warm_steps`;
-2. adjoint matching on paths of the present control (`tiltlens.sampling.adjoint`): all other steps.
-
-No images are needed. Step k of a run draws its paths from seeds that k names, so that a resumed run goes on as it was.
+No images are needed. A round draws its paths from seeds that its number names, and its paths are kept in the run's folder, so that
+a resumed run goes on as it was.
 """
 
 import math
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tiltlens.constraint import RowConstraint
 from tiltlens.energies import Energy, Linear
 from tiltlens.errors import UserError
 from tiltlens.guidance.amortised import AdapterConfig, load_control, save_control
-from tiltlens.guidance.control import new_control
+from tiltlens.guidance.control import Control, new_control
 from tiltlens.guidance.guidance import Guidance
 from tiltlens.modules.learning_rate import warm_hold_decay
 from tiltlens.priors import load_prior
 from tiltlens.priors.prior import Prior
-from tiltlens.sampling.adjoint import lean_adjoint, matching_loss, walk
+from tiltlens.sampling.adjoint import (
+    Matches,
+    controlled_steps,
+    drawn_steps,
+    joined,
+    lean_adjoint,
+    matches,
+    matching_loss,
+    step_energy,
+    walk,
+)
 from tiltlens.sampling.noise import Noise, stream_seed
 from tiltlens.sampling.sampler import Sampler
 from tiltlens.sampling.warm_start import (
     Pool,
-    matched_steps,
     run_pool,
     score_matching_loss,
     trusted_weights,
 )
 from tiltlens.units import Unit, UnitBank, build_unit
 
-WINDOW = 50  # steps that the figures in the adapter's config are a mean of
+ROWS = 16  # of a walk, as many as a network is called with
 
 
 class AmortiseModule(LightningModule):
@@ -46,10 +60,13 @@ class AmortiseModule(LightningModule):
 
     prior, unit, energy, precision, prompt: as those of SamplingModule. strength: s > 0. rank, targets: of the low-rank
     adapter (an analytic prior gets a small network instead). init_from: an adapter folder to go on from, of the same
-    architecture. pool: unguided samples, at least 8; they say what is natural and feed the warm start. warm_steps: steps of
-    it; 0 for adjoint matching alone. warm_share: the ESS, as a share of the pool, that its weights keep. warm_log_snr: up to
-    which level it goes. batch_size: paths, or samples of the warm start, a step. loss_steps: steps of a path that enter the
-    loss, drawn anew each time; None for all. learning_rate: the peak; warm-up and decay as everywhere.
+    architecture. pool: unguided samples, at least 8. paths, round_steps: of a round. batch_size: paths whose steps are read in
+    a step of training. loss_steps: steps of the chain that are read, drawn anew each time, mostly those at which the unit
+    can be moved; None for all. until: the log-SNR up to which steps are controlled, None for all; beyond it a unit has little
+    to say, and in bfloat16 the difference of two forwards is rounding that path KL pays for: up to 2, about 0.06 nats a path on the
+    bundled prior, 4 without it. warm_steps: of the warm start; 0 for adjoint matching alone. warm_share: the ESS, as a share
+    of the pool, that its weights keep. learning_rate: the peak; warm-up and decay as
+    everywhere. ramp: rounds over which the strength rises to s in equal parts, for far targets; 1 for none.
 
     Raises UserError for values out of range and ValueError for a unit that the prior's images do not fit.
     """
@@ -70,24 +87,34 @@ class AmortiseModule(LightningModule):
         targets: list[str] = ("attention", "convolution"),  # type: ignore[assignment]
         init_from: Path | None = None,
         pool: int = 1024,
-        warm_steps: int = 100,
-        warm_share: float = 0.03,
-        warm_log_snr: float = 1.0,
+        paths: int = 128,
+        round_steps: int = 100,
         batch_size: int = 16,
-        loss_steps: int | None = 6,
-        learning_rate: float = 1e-3,
+        loss_steps: int | None = 2,
+        until: float | None = None,
+        ramp: int = 1,
+        warm_steps: int = 0,
+        warm_share: float = 0.03,
+        learning_rate: float = 2e-5,
         weight_decay: float = 0.0,
         warmup: float = 0.03,
         decay: float = 0.5,
     ):
         super().__init__()
-        for name, value, least in (
-            ("pool", pool, 8),
-            ("batch_size", batch_size, 1),
-            ("warm_steps", warm_steps, 0),
-        ):
-            if value < least:
-                raise UserError(f"model.{name} = {value}: expected a whole number of at least {least}")
+        least = {
+            "pool": 8,
+            "paths": 1,
+            "round_steps": 1,
+            "batch_size": 1,
+            "ramp": 1,
+            "warm_steps": 0,
+            "steps": 2,
+        }
+        found = {"pool": pool, "paths": paths, "round_steps": round_steps, "batch_size": batch_size, "ramp": ramp,
+                 "warm_steps": warm_steps, "steps": steps}  # fmt: skip
+        for name, value in found.items():
+            if value < least[name]:
+                raise UserError(f"model.{name} = {value}: expected a whole number of at least {least[name]}")
         if not (math.isfinite(strength) and strength > 0):
             raise UserError(
                 f"model.strength = {strength}: expected a finite number above 0; at 0 there is nothing to learn"
@@ -96,61 +123,59 @@ class AmortiseModule(LightningModule):
             raise UserError(f"model.eta = {eta}: path KL needs noise, expected a number in (0, 1]")
         if not 0 < warm_share < 1:
             raise UserError(f"model.warm_share = {warm_share}: expected a share of the pool, between 0 and 1")
-        if steps < 2 or not 1 <= (loss_steps or 1) < steps:
+        if loss_steps is not None and loss_steps < 1:
             raise UserError(
-                f"model.steps = {steps}, loss_steps = {loss_steps}: expected 1 <= loss_steps < steps"
+                f"model.loss_steps = {loss_steps}: expected a whole number of at least 1, or null for all steps"
             )
-        self.asked = {"prior": prior, "precision": precision, "prompt": prompt}
-        self.unit, self.energy, self.strength = build_unit(unit), energy or Linear(), float(strength)
+        if batch_size > paths:
+            raise UserError(f"model.batch_size = {batch_size}: expected at most model.paths = {paths}")
+        self.energy, self.strength = energy or Linear(), float(strength)
         self.chain_settings = {"steps": steps, "eta": float(eta), "spacing": spacing, "clip": clip}
-        self.rank, self.targets = rank, list(targets)
-        self.init_from, self.pool_size = init_from, pool
-        self.warm_steps, self.warm_share, self.warm_log_snr = warm_steps, warm_share, warm_log_snr
-        self.batch_size, self.loss_steps = batch_size, loss_steps or steps - 1
+        self.pool_size = pool
+        self.warm_steps, self.warm_share, self.until = warm_steps, warm_share, until
+        self.paths, self.round_steps, self.ramp = paths, round_steps, ramp
+        self.batch_size, self.loss_steps = batch_size, loss_steps
         self.learning_rate, self.weight_decay, self.warmup, self.decay = (
             learning_rate,
             weight_decay,
             warmup,
             decay,
         )
+        bank = UnitBank([build_unit(unit)])
+        if isinstance(prior, str):
+            prior = load_prior(prior, prompt=prompt, precision=precision)
+        bank.validate(prior.image_size or prior.denoiser.shape)
+        if init_from is not None:
+            control = load_control(Path(init_from), prior.denoiser)
+        else:
+            control = new_control(prior.denoiser, rank, list(targets))
+        # In a tuple, for a checkpoint holds what is trained and not the prior.
+        self._parts = (prior, bank, control)
+        self.factors = torch.nn.ParameterList(control.trained())
         self.sampler: Sampler | None = None
-        self.figures: list[dict[str, float]] = []
+        self.matches: Matches | None = None
+        self.round: int | None = None
+        self.figures: list[dict[str, float]] = []  # a round each, of its paths
 
     def setup(self, stage: str) -> None:
-        if self.sampler is not None:
-            return
         if self.trainer.precision != "32-true":
             raise UserError(
                 f"trainer.precision = {self.trainer.precision}: the chain runs in float32; the precision of the prior's "
                 "network is --model.precision bfloat16"
             )
-        prior = self.asked["prior"]
-        if isinstance(prior, str):
-            prior = load_prior(prior, prompt=self.asked["prompt"], precision=self.asked["precision"])
-        bank = UnitBank([self.unit])
-        bank.validate(prior.image_size or prior.denoiser.shape)
-        sampler = Sampler(prior, bank, self.energy, Guidance(), **self.chain_settings, device=self.device)
-        if self.init_from is not None:
-            control = load_control(Path(self.init_from), prior.denoiser)
-        else:
-            control = new_control(prior.denoiser, self.rank, self.targets)
-        # In a tuple, for a checkpoint holds what is trained and not the prior.
-        self._parts = (prior, control)
-        self.factors = torch.nn.ParameterList(control.trained())
-        self.sampler = sampler
 
     @property
-    def control(self):
-        """The present control; known after `setup`."""
-        return self._parts[1]
+    def control(self) -> Control:
+        """The present one."""
+        return self._parts[2]
 
     def on_fit_start(self) -> None:
         """The pool, from the run's folder where it lies there, and the unit's natural reference from it."""
-        prior, control = self._parts
+        prior, bank, control = self._parts
         control.to(self.device)
-        sampler, bank = self.sampler, self.sampler.bank
-        sampler.device = self.device
-        prior.to(self.device), bank.to(self.device)
+        sampler = Sampler(prior, bank, self.energy, Guidance(), **self.chain_settings, device=self.device)
+        controlled_steps(sampler.chain, self.until)
+        self.sampler = sampler
         name = stream_seed(
             f"{prior.fingerprint}/{bank.units[0].fingerprint}/{self.chain_settings}", self.pool_size, "start"
         )
@@ -185,10 +210,10 @@ class AmortiseModule(LightningModule):
         if self.warm_steps:
             rank_zero_info(f"warm start at strength {self.warm_strength:.3g} of {self.strength:g}")
 
-    def rows(self, count: int, device: torch.device | str):
-        """`count` rows of the unit at the strength."""
-        strength = torch.full((count,), self.strength, dtype=self.sampler.dtype, device=device)
-        return self.sampler.constraint.rows(torch.zeros(count, dtype=torch.long, device=device), strength)
+    def rows(self, count: int, device: torch.device | str, strength: float | None = None) -> RowConstraint:
+        """`count` rows of the unit."""
+        s = torch.full((count,), strength or self.strength, dtype=self.sampler.dtype, device=device)
+        return self.sampler.constraint.rows(torch.zeros(count, dtype=torch.long, device=device), s)
 
     def read_data(self, images: Any) -> None:
         """No images are read: what trains is made by the prior."""
@@ -204,7 +229,8 @@ class AmortiseModule(LightningModule):
             loss = self.warm_loss(generator)
             self.log("warm_loss", loss.detach(), prog_bar=True)
         else:
-            loss = self.adjoint_loss(step * self.trainer.world_size + self.global_rank, generator)
+            loss = self.adjoint_loss((step - self.warm_steps) // self.round_steps, generator)
+            self.log("matching_loss", loss.detach(), prog_bar=True)
         if not bool(torch.isfinite(loss)):
             raise UserError(
                 f"step {step}: the loss is {float(loss)}: lower model.learning_rate; OUT/checkpoints/last.ckpt is intact"
@@ -214,7 +240,7 @@ class AmortiseModule(LightningModule):
 
     def warm_loss(self, generator: torch.Generator) -> Tensor:
         chain, size = self.sampler.chain, self.batch_size
-        where = matched_steps(chain, self.warm_log_snr)
+        where = controlled_steps(chain, self.until)
         part = min(16, size)
         steps = torch.tensor(where)[torch.randint(len(where), (-(-size // part),), generator=generator)]
         drawn = torch.multinomial(self.weights, size, replacement=True, generator=generator)
@@ -222,26 +248,52 @@ class AmortiseModule(LightningModule):
         eps = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype).to(self.device)
         return score_matching_loss(chain, self.control, x_0, steps, eps, part)
 
-    def adjoint_loss(self, batch: int, generator: torch.Generator) -> Tensor:
-        chain, size = self.sampler.chain, self.batch_size
-        seeds = range(batch * size, (batch + 1) * size)
-        noise = Noise(seeds, chain.denoiser.shape, self.device, self.sampler.dtype, domain="amortise")
-        kept = torch.randperm(len(chain) - 1, generator=generator)[: self.loss_steps].tolist()
-        rows = self.rows(size, self.device)
-        path = walk(chain, self.control, rows, noise, kept)
-        loss = matching_loss(chain, path, lean_adjoint(chain, path, rows))
-        found = {
-            "matching_loss": float(loss.detach()),
-            "objective": float(path.objective.mean()),
-            "path_kl": float(path.path_kl.mean()),
-            "mean_energy": float(path.energy.mean()) / self.strength,
-        }
-        self.figures = [*self.figures[1 - WINDOW :], found]
-        self.log_dict(found, batch_size=size)
-        self.log(
-            "objective_mean", sum(f["objective"] for f in self.figures) / len(self.figures), prog_bar=True
-        )
-        return loss
+    def adjoint_loss(self, number: int, generator: torch.Generator) -> Tensor:
+        if self.round != number:
+            self.matches, self.round = self.begin(number), number
+            self.energies = step_energy(self.sampler.chain, self.matches)
+        steps = len(self.matches.x_t)
+        numbers, weights = list(range(steps)), [1.0] * steps
+        if self.loss_steps is not None:
+            numbers, weights = drawn_steps(self.energies, self.loss_steps, generator)
+        paths = torch.randperm(len(self.matches), generator=generator)[: self.batch_size].to(self.device)
+        return matching_loss(self.sampler.chain, self.control, self.matches, paths, numbers, weights)
+
+    def begin(self, number: int) -> Matches:
+        """The paths of a round; those of the round that a resumed run stands in lie in its folder."""
+        rank, ranks = self.global_rank, self.trainer.world_size
+        file = Path(self.trainer.default_root_dir) / f"paths-{rank}.safetensors"
+        if file.is_file() and self.trainer.ckpt_path is not None:
+            with safe_open(file, "pt") as stored:
+                mine = (stored.metadata() or {}).get("round") == f"{number}"
+            if mine:
+                return Matches(**{k: v.to(self.device) for k, v in load_file(file).items()})
+        chain, strength = self.sampler.chain, self.strength * min(1.0, (number + 1) / self.ramp)
+        first, parts, seen = (number * ranks + rank) * self.paths, [], []
+        size = (
+            ROWS if self.control.kind == "lora" else self.paths
+        )  # the graphs of a walk of networks fill the memory
+        for at in range(first, first + self.paths, size):
+            seeds = range(at, min(at + size, first + self.paths))
+            noise = Noise(seeds, chain.denoiser.shape, self.device, self.sampler.dtype, domain="amortise")
+            rows = self.rows(len(seeds), self.device, strength)
+            path = walk(chain, self.control, rows, noise, self.until)
+            parts.append(matches(chain, path, lean_adjoint(chain, path, rows), self.until))
+            seen.append(torch.stack([path.objective, path.path_kl, path.energy / strength]))
+        found = joined(parts)
+        objective, path_kl, energy = torch.cat(seen, 1).cpu()
+        figures = {
+            "objective": float(objective.mean()), "objective_se": float(objective.std()) / self.paths**0.5,
+            "path_kl": float(path_kl.mean()), "mean_energy": float(energy.mean()), "strength_of_round": strength,
+        }  # fmt: skip
+        self.figures.append(figures)
+        self.log_dict(figures, batch_size=self.paths)
+        if self.round_steps > 1:
+            rank_zero_info(f"round {number}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+            save_file(
+                {f.name: getattr(found, f.name).cpu() for f in fields(Matches)}, file, {"round": f"{number}"}
+            )
+        return found
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(
@@ -254,12 +306,18 @@ class AmortiseModule(LightningModule):
         """Writes folder/adapter, for `--model.guidance Amortised --model.guidance.adapter`."""
         trained = {
             "steps": self.global_step, "warm_steps": min(self.warm_steps, self.global_step),
-            "batch_size": self.batch_size, "pool": self.pool_size, "warm_strength": self.warm_strength,
+            "rounds": len(self.figures), "paths": self.paths, "batch_size": self.batch_size, "pool": self.pool_size,
             "processor_seconds": round(time.process_time() - self.seconds, 1), "natural_energy": self.pool_energy,
         }  # fmt: skip
-        for key in self.figures[-1] if self.figures else ():
-            trained[f"last_{key}"] = sum(f[key] for f in self.figures) / len(self.figures)
+        if self.figures:  # of the paths that the last round began with
+            trained |= {f"last_{key}": value for key, value in self.figures[-1].items()}
         config = AdapterConfig.of(
-            self.control, self._parts[0], self.sampler.constraint, self.strength, self.chain_settings, trained
+            self.control,
+            self._parts[0],
+            self.sampler.constraint,
+            self.strength,
+            self.chain_settings,
+            self.until,
+            trained,
         )
         return save_control(self.control, config, Path(folder) / "adapter")

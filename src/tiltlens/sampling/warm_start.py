@@ -81,16 +81,6 @@ def trusted_weights(energy: Tensor, strength: float, least_ess: float) -> tuple[
     return weights(high), high
 
 
-def matched_steps(chain: Chain, log_snr: float) -> list[int]:
-    """The steps that begin at or below this log-SNR, and not the last."""
-    found = [k for k in range(len(chain) - 1) if float(chain.log_snr[k]) <= log_snr]
-    if not found:
-        raise ValueError(
-            f"no step of the chain lies below log-SNR {log_snr:g}: it begins at {float(chain.log_snr[0]):.2f}"
-        )
-    return found
-
-
 def score_matching_loss(
     chain: Chain, control: Control, x_0: Tensor, steps: Tensor, noise: Tensor, size: int = 16
 ) -> Tensor:  # fmt: skip
