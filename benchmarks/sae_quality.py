@@ -5,8 +5,9 @@
 Every token of every image, through the exported file alone: normalised MSE (the mean of the training set as its unit),
 latents on a token, share of latents on for at least one token; top-1 of the encoder with the layer's tokens replaced by
 their reconstruction, next to the untouched encoder and to the mean token in their place (what share of the gap is kept).
---out: a grid with the top images of --show latents, one row each, drawn at even steps of how often they are on; no
-latent is chosen by eye.
+How many latents have top images of mostly one class says how far they go beyond edges and colours.
+--out: a grid with the top images of 8 latents, one row each: four at even steps of how often they are on, then the four
+whose top images are most of one class. No latent is chosen by eye.
 """
 
 import argparse
@@ -25,8 +26,9 @@ from tiltlens.units.readout import positions
 from tiltlens.units.sparse_autoencoder import load_dictionary, read_config
 
 BATCH = 256
-TOP = 12
+TOP, SHOW = 12, 4  # images of a latent, latents of either sort
 SHARES = (0.5, 0.05, 0.005)
+PURE = (0.5, 0.75, 1.0)
 
 
 @torch.no_grad()
@@ -57,13 +59,12 @@ def main() -> None:
     parser.add_argument("--sae", default="bundled", help="bundled, or a folder as train.py exports it")
     parser.add_argument("--encoder", default="bundled")
     parser.add_argument("--n", type=int, default=10_000, help="images")
-    parser.add_argument("--show", type=int, default=8, help="latents in the grid")
     parser.add_argument("--out", type=Path, help="where latents.png goes")
     asked = parser.parse_args()
     build_unit(f"{asked.encoder},sae={asked.sae}#0").load()  # whether the two belong together
     encoder, sae, config = load_encoder(asked.encoder), load_dictionary(asked.sae), read_config(asked.sae)
     layer, tokens = config["layer"], config["tokens"]
-    images, labels, _ = read_images(str(asked.data), encoder.input_size[0], True)
+    images, labels, names = read_images(str(asked.data), encoder.input_size[0], True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: asked.n]
     images, labels = to_unit_range(images[order]), labels[order]
 
@@ -96,19 +97,27 @@ def main() -> None:
         p = r.double().mean().item()
         print(f"top-1 %, {name}: {100 * p:.1f} +- {100 * math.sqrt(p * (1 - p) / len(r)):.1f}")
 
+    strength = torch.cat(best)  # (N, M)
+    often = (strength > 0).double().mean(0)
+    top = strength.topk(TOP, dim=0).indices  # (TOP, M)
+    of_class = torch.nn.functional.one_hot(labels[top], len(names)).double().mean(0)
+    purest, which = of_class.masked_fill((often * len(images) < TOP)[:, None], 0).max(1)
+    print(f"latents whose {TOP} top images are of one class: " + ", ".join(
+        f"{int((purest >= bound - 1e-9).sum())} in {100 * bound:.0f} %" for bound in PURE))  # fmt: skip
+    usual = often.argsort(descending=True)
+    usual = usual[often[usual] * len(images) >= TOP]
+    even = usual[torch.linspace(0, len(usual) - 1, SHOW + 2).long()[1:-1]]
+    chosen = [*even.tolist(), *purest.argsort(descending=True, stable=True)[:SHOW].tolist()]
+    print(
+        "| latent | on in tokens, % | on in images, % | most frequent class of its top images |\n|---|---|---|---|"
+    )
+    for j in chosen:
+        cells = f"{100 * share[j]:.2f} | {100 * often[j]:.1f} | {names[which[j]]}, {int(TOP * purest[j] + 0.5)} of {TOP}"
+        print(f"| {j} | {cells} |")
     if asked.out:
-        strength = torch.cat(best)  # (N, M)
-        usual = (strength > 0).double().mean(0).argsort(descending=True)
-        alive = usual[(strength[:, usual] > 0).sum(0) >= TOP]
-        chosen = alive[torch.linspace(0, len(alive) - 1, asked.show + 2).long()[1:-1]]
-        rows = [images[strength[:, j].topk(TOP).indices] for j in chosen]
         asked.out.mkdir(parents=True, exist_ok=True)
-        save_image(make_grid(torch.cat(rows) / 2 + 0.5, TOP, pad_value=1), asked.out / "latents.png")
-        for j in chosen.tolist():
-            print(
-                f"latent {j}: on in {100 * share[j]:.2f} % of the tokens and "
-                f"{100 * (strength[:, j] > 0).double().mean():.1f} % of the images"
-            )
+        rows = torch.cat([images[top[:, j]] for j in chosen])
+        save_image(make_grid(rows / 2 + 0.5, TOP, pad_value=1), asked.out / "latents.png")
 
 
 if __name__ == "__main__":

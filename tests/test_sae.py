@@ -1,6 +1,7 @@
 """Laws of sparse autoencoders: gates, recovery of a planted dictionary, revival, resumption; one normalisation everywhere."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,13 @@ from tiltlens.modules.image_data import BatchStream, ImageFolderData, to_unit_ra
 from tiltlens.modules.sae_module import BANDWIDTH, SparseAutoencoderModule, Step, moments
 from tiltlens.modules.training_cli import TrainingCLI
 from tiltlens.units import UnitBank, build_unit, load_encoder
-from tiltlens.units.sparse_autoencoder import GATES, SparseAutoencoder, load_dictionary
+from tiltlens.units.sparse_autoencoder import (
+    GATES,
+    SparseAutoencoder,
+    dictionary_folder,
+    load_dictionary,
+    read_config,
+)
 
 SIZE = 16
 VIT = {"img_size": SIZE, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 1}
@@ -386,3 +393,18 @@ def test_an_address_that_does_not_fit_the_dictionary_is_told_at_once(trained, fo
     one, two = (build_unit(f"{here},sae={sae}#{j}").fingerprint for j in (3, 4))
     assert one != two
     assert set(load_file(trained.out / "sae" / "model.safetensors")) >= {"mean", "scale", "decoder"}
+
+
+def test_the_bundled_dictionary_belongs_to_the_bundled_encoder():
+    """It is small, has a card, and every latent that the card names is a unit that answers to images."""
+    folder = dictionary_folder("bundled")
+    assert sum(p.stat().st_size for p in folder.iterdir()) <= 1.5e6
+    card, config = (folder / "README.md").read_text(), read_config("bundled")
+    for word in ("CIFAR-10", "configs/train/sae-cifar10.yaml", "benchmarks/sae_quality.py", config["layer"]):
+        assert word in card
+    named = re.findall(r"^\| ([0-9]+) \|", card, re.MULTILINE)
+    assert len(named) >= 8
+    bank = UnitBank([build_unit(f"bundled,sae=bundled#{latent}") for latent in named])
+    bank.validate(32)
+    read = bank.read_all(torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    assert (read.std(0) > 0).all()
