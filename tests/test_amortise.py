@@ -253,6 +253,23 @@ def test_warm_start_weights_keep_the_ess_that_is_asked():
     assert s == 0.3
 
 
+@pytest.mark.parametrize("until", [None, 0.0])
+def test_what_is_trained_on_is_what_is_sampled(until, tmp_path):
+    """A walk and a sampled row of the same noise are the same path, of the same weight; beyond `until` no step is shifted."""
+    prior = GaussianMixture(*MIXTURE)
+    plain, control = sampler(prior, steps=8), stirred(Head(prior.denoiser, width=8))
+    made = sampler(prior, Amortised(kept(control, plain, tmp_path, until=until)), steps=8)
+    found = made.sample([Row(0, S, i) for i in range(4)])
+    draws = Noise(range(4), made.chain.denoiser.shape, dtype=made.dtype)
+    path = walk(plain.chain, control, rows(plain, 4), draws, until)
+    torch.testing.assert_close(found.images, path.x_0)
+    torch.testing.assert_close(found.path_kl, path.path_kl)
+    torch.testing.assert_close(found.log_w, -path.objective)
+    guided = found.step_kl.mean(0) > 0
+    expected = made.chain.log_snr <= (math.inf if until is None else until)
+    assert guided[:-1].tolist() == expected[:-1].tolist()
+
+
 # --- exact weights -----------------------------------------------------------------------
 
 
