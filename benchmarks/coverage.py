@@ -17,7 +17,7 @@ valid: the share of runs that give a number at all. covers: of those, the share 
 the normal's 1.96, holds the truth (its own standard error is 1.5 points at 95 % of 200). bare: runs whose number is wrong
 by more than four standard errors. A run that gives none says why: "silent" counts those that do not, and must be 0.
 edge: the same coverage where less than half of the runs give a number, the likeliest place for luck to pass for trust.
-The chain has 50 steps uniform in the table's index, where its law is the mixture's to well below these standard errors.
+The chain has 50 steps uniform in the table's index, where its law is the mixture's to 0.4 % of the variance: well below these errors.
 """
 
 import argparse

@@ -202,7 +202,7 @@ def say(asked: Asked, found: Certificate, natural: Natural, strengths: int) -> s
         spent = f"they spent {reached} nats at most" if kl else f"{name} is {reached}"
         return (
             f"{start}: met by the guided samples {at}: {spent}, {bounds}. Weights do not reach so far: this says nothing "
-            "of q_s itself. More samples, or particles, would."
+            "of q_s itself. More samples, or larger groups of particles, would."
         )
     nearest = f"; nearest is {reached} {at}" if at else ""
     if found.status == "infeasible":
