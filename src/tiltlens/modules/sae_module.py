@@ -177,7 +177,7 @@ class SparsityMetrics(Metric):
     share of the latents that were on for at least one of the rows. rows: how many these were."""
 
     def __init__(self, latents: int):
-        super().__init__()
+        super().__init__(sync_on_compute=False)  # each process reads the whole held-out set
         for name, shape in (("on", latents), ("error", ()), ("power", ()), ("rows", ())):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
