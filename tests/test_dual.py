@@ -9,7 +9,7 @@ from test_estimates_oracle import CONTROLS, STEPS, V, linear, optimal, pilot_of,
 
 from tiltlens import GaussianMixture, Linear, Projection, tilt
 from tiltlens.estimates import estimate_curve
-from tiltlens.estimates.dual import certify, tidy
+from tiltlens.estimates.dual import _of_sampled, certify, tidy
 from tiltlens.estimates.importance import KL_ROOT, relative_variance, rows_needed
 from tiltlens.estimates.samples import Samples
 from tiltlens.guidance import Exact
@@ -85,6 +85,22 @@ def test_beyond_reach_is_recognised_with_the_reachable_range():
     assert 1.5 < found.reach[1] < 5
 
 
+def test_two_strengths_side_by_side_are_no_end_of_reach():
+    """Means that differ by little because strengths do say nothing of what harder steering would add."""
+    rows = [
+        {"strength": s, "activation_mean": s, "activation_se": 0.1, "kl": None, "kl_se": None, "kl_lower": s, "path_kl": 2 * s}
+        for s in (0.5, 1.0, 1.5, 2.1, 2.2)
+    ]  # fmt: skip
+    rows[-2]["activation_mean"] = 2.2
+    sampled = [(r["strength"], r["activation_mean"], 0.1) for r in rows]
+    by_strength = {r["strength"]: r for r in rows}
+    found = _of_sampled("activation", 4.0, sampled, by_strength, (0.0, 2.2))
+    assert (found.status, len(found.propose)) == ("open", 1)
+    assert found.propose[0] > 2.2
+    flat = [(s, min(value, 1.1), se) for s, value, se in sampled]
+    assert _of_sampled("activation", 4.0, flat, by_strength, (0.0, 1.1)).status == "infeasible"
+
+
 def test_order_and_a_constant_in_the_energy_do_not_matter():
     rng = np.random.default_rng(3)
     noise, pilot = rng.standard_normal((64, STEPS, 2)), pilot_of(rng, 64)
@@ -149,7 +165,7 @@ def test_more_rows_at_the_solution_where_they_would_do_and_none_where_not():
     data = ConstraintPlan(Asked.parse("kl=1"), 4, 10, 4)
     data.units, data.of = 1, {0: {0.0: 1, 1.0: 1, 2.0: 1}}
     met = {"status": "reached", "strength": 2.0, "propose": ()}
-    assert not data.grow([met | {"enlarge": BUDGET - 1.9}])
+    assert not data.grow([met | {"enlarge": BUDGET - 2.9}])
     assert data.grow([met | {"enlarge": 2.5}])
     assert [r.seed for r in data.rows() if r.strength == 2] == list(range(10, 22))
     assert [r.seed for r in data.rows() if r.strength == 1] == list(range(10, 14))

@@ -28,6 +28,7 @@ NEAR = 0.01  # of the way from natural to target: as good as met where a standar
 FIRST = (1 / 3, 2 / 3, 1.0)  # of the strength guessed from natural samples: the first sweep
 STEP_UP = 2.0  # a strength beyond all sampled ones is at most so many times the largest
 BEYOND = 1.25  # times the end of trust: where to sample to move it
+APART = 2.0  # the factor between two strengths from which one must have more than the other
 MARGIN = 1.2  # of the rows that would let weights speak: their share is an estimate
 FLAT = 2.0  # standard errors: two strengths whose means differ by less have reached the end
 
@@ -158,8 +159,8 @@ def _of_sampled(
     if solution is not None:
         told |= {"solution": solution, "propose": (tidy(solution, by_strength),)}
         return Certificate("open", "sampled", target, **told)
-    flat = len(s) > 3 and value[-1] - value[-2] < FLAT * np.hypot(se[-1], se[-2])
-    if flat:
+    apart = np.flatnonzero(s <= s[-1] / APART)
+    if len(s) > 3 and len(apart) and value[-1] - value[apart[-1]] < FLAT * np.hypot(se[-1], se[apart[-1]]):
         return Certificate("infeasible", "sampled", target, **told)
     gain = (target - reach[0]) / max(value[-1] - reach[0], 1e-12)
     factor = np.clip(np.sqrt(gain) if kind == "kl" else gain, 1.25, STEP_UP)

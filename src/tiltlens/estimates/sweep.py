@@ -116,8 +116,9 @@ def measure(sources: Sources, samples: list[Samples], counts: list[np.ndarray]) 
             continue
         k = int(np.searchsorted(sources.strengths, run.strength))
         c = count if run.weight is None else count * run.weight
-        m = c @ run.energy / c.sum(-1)
-        out[..., 3, 1, k], out[..., 3, 2, k] = m, c @ run.energy**2 / c.sum(-1) - m**2
+        with np.errstate(invalid="ignore"):  # a replicate may draw nothing of a strength
+            m = c @ run.energy / c.sum(-1)
+            out[..., 3, 1, k], out[..., 3, 2, k] = m, c @ run.energy**2 / c.sum(-1) - m**2
     out[..., :3, 0, 0] = 0.0
     return out
 

@@ -26,6 +26,7 @@ from tiltlens.units.calibration import Natural
 FORMS = '"q0.999" (mean activation at this natural quantile), "z=4" (natural standard deviations) or "kl=3" (nats)'
 SWEEP = 1 + len(FIRST)  # strengths, the natural one among them
 BUDGET = 3 * SWEEP  # blocks of n rows
+RESERVE = 1  # of them: where the exact law is known, its solution may lie beside that of the sampled law
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class ConstraintPlan(PlanData):
                 mine |= {s: 1 for s in entry["propose"][:left] if s not in mine}
             elif entry["status"] == "reached" and entry["enlarge"] > 1:
                 blocks = math.ceil(entry["enlarge"] * mine[entry["strength"]])
-                if blocks - mine[entry["strength"]] <= left:  # less would not do
+                if blocks - mine[entry["strength"]] <= left - RESERVE:  # less would not do
                     mine[entry["strength"]] = blocks
         self._union()
         return before != self.of
