@@ -13,8 +13,12 @@ are not looked for. +- standard error over images. All of it is repeated to the 
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from tiltlens.errors import UserError
 from tiltlens.metrics import EncoderFeatures, quality, sample_images
@@ -43,6 +47,11 @@ def print_samples(prior: DiffusersPrior, held_out: torch.Tensor, asked: argparse
     start = time.process_time()
     images = sample_images(prior.denoiser, prior.decode, range(n), asked.steps, asked.eta, device)
     seconds = time.process_time() - start
+    if asked.grid:
+        asked.grid.parent.mkdir(parents=True, exist_ok=True)
+        picture = to_pil_image(make_grid(images[:64].cpu().clamp(-1, 1) / 2 + 0.5, nrow=8))
+        picture = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.LANCZOS)
+        picture.save(asked.grid, optimize=True)
     sets = [features.of(x.split(READ), device) for x in (images, held_out[:n], train)]
     found = quality(*sets)
     told = f"{asked.steps} steps uniform in log-SNR, eta = {asked.eta:g}, seeds 0..{n - 1}, {seconds:.0f} s of processor time"
@@ -81,6 +90,7 @@ def main() -> None:
     parser.add_argument("--encoder", default="bundled", help="timm name, local-dir:FOLDER or bundled")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--eta", type=float, default=1.0)
+    parser.add_argument("--grid", type=Path, help="write the first 64 samples, eight by eight, as PNG")
     parser.add_argument("--precision", default="float32", help="of the prior's network: float32 or bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args()

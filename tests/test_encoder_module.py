@@ -1,5 +1,7 @@
 """The encoder's training: the faster ways through the network change nothing but the time."""
 
+import json
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -35,3 +37,11 @@ def test_plain_attention_is_the_fused_one():
 @pytest.mark.slow  # half a minute of compiling
 def test_the_compiled_step_is_the_plain_one_under_timm_s_own_names():
     assert_same(module(compile=True), module())
+
+
+def test_a_network_of_any_size_is_exported_with_the_size_it_was_trained_on(tmp_path):
+    """A convolutional network has no img_size; read at its architecture's own 176 pixels it would see other images."""
+    encoder = EncoderModule(architecture="resnet10t", num_classes=3)
+    encoder.class_names, encoder.size = ["a", "b", "c"], 32
+    config = json.loads((encoder.export(tmp_path) / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]

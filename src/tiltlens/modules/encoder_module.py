@@ -55,6 +55,7 @@ class EncoderModule(LightningModule):
         compile: bool = False,
     ):
         super().__init__()
+        self.size: int | None = None
         self.model_args, self.num_classes = dict(model_args or {}), num_classes
         try:
             self.network = timm.create_model(architecture, num_classes=num_classes, **self.model_args)
@@ -81,6 +82,7 @@ class EncoderModule(LightningModule):
                 "set it to the number of folders below data.train"
             )
         self.class_names = found
+        self.size = getattr(self.trainer.datamodule, "size", None)
 
     def readouts(self, images: Tensor) -> list[Tensor]:
         """Logits (B, num_classes) of the network and, where its pooling leaves it out, of the cls token."""
@@ -131,7 +133,8 @@ class EncoderModule(LightningModule):
     def export(self, folder: Path) -> Path:
         """Writes folder/encoder, read by timm.create_model("local-dir:folder/encoder", pretrained=True)."""
         out = Path(folder) / "encoder"
-        size = self.model_args.get("img_size", self.network.pretrained_cfg["input_size"][-1])
+        # A convolutional network takes any size: what it was trained on is what its reader must resize to.
+        size = self.model_args.get("img_size") or self.size or self.network.pretrained_cfg["input_size"][-1]
         # timm copies the architecture's card; its tag and licence are those of weights that are not here.
         config: dict[str, Any] = {"pretrained_cfg": {"tag": None, "license": None}}
         if self.class_names:
