@@ -160,7 +160,10 @@ def _of_sampled(
         told |= {"solution": solution, "propose": (tidy(solution, by_strength),)}
         return Certificate("open", "sampled", target, **told)
     apart = np.flatnonzero(s <= s[-1] / APART)
-    if len(s) > 3 and len(apart) and value[-1] - value[apart[-1]] < FLAT * np.hypot(se[-1], se[apart[-1]]):
+    gain, error = (
+        (value[-1] - value[apart[-1]], FLAT * np.hypot(se[-1], se[apart[-1]])) if len(apart) else (1, 0)
+    )
+    if len(s) > 3 and gain < error and gain + error < target - value[-1]:  # as much again would not do
         return Certificate("infeasible", "sampled", target, **told)
     gain = (target - reach[0]) / max(value[-1] - reach[0], 1e-12)
     factor = np.clip(np.sqrt(gain) if kind == "kl" else gain, 1.25, STEP_UP)
