@@ -423,6 +423,12 @@ def test_what_was_learned_is_told_with_the_gap_before_and_after(tmp_path):
     assert "it is the default" in learned(lesson | {"gap_before": [None, None]})
 
 
+def test_the_page_says_what_a_control_was_trained_for():
+    told = learned({"adapter": {"kind": "lora", "strength": 2.0, "chain": {"steps": 16}}})
+    assert "trained at strength 2" in told
+    assert "16 steps" in told
+
+
 @pytest.mark.parametrize("sizes", [(16, 16, 16, 16), (1, 1), (5,), (3, 7, 2)])
 def test_particles_are_dealt_from_all_groups_alike_and_from_far_apart_in_each(sizes):
     """Every particle once; of the first k no group has two more than another that is not used up; of a group of 16 the

@@ -158,6 +158,9 @@ class Amortised(Guidance):
         self._config.check(prior, constraint)
         self._control, self._scaled = load_control(Path(self.adapter), prior.denoiser), {}
 
+    def outcome(self) -> list[dict]:
+        return [{"adapter": dataclasses.asdict(self._config)}]
+
     def reads(self, step: Step, rows: RowConstraint) -> Tensor:
         until = self._config.until
         return super().reads(step, rows) & (until is None or float(step.schedule.log_snr[step.t]) <= until)

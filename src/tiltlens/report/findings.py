@@ -40,9 +40,16 @@ def certificate(found: dict | None) -> list[tuple[str, str]]:
 
 
 def learned(found: dict | None) -> str | None:
-    """What `Learned` guidance took from its pilot: efficiency and gap of linear response, before and after."""
+    """What `Learned` guidance took from its pilot: efficiency and gap of linear response, before and after; what the
+    control of `Amortised` was trained for."""
     if not found:
         return None
+    if "adapter" in found:
+        control = found["adapter"]
+        return (
+            f"Guided by a control ({control['kind']}) that was trained at strength {number(control['strength'])} on a chain of "
+            f"{control['chain']['steps']} steps; at other strengths it is scaled."
+        )
     start = f"Guidance learned from {found['pilot']} pilot trajectories"
     if found["gap_before"][0] is None:
         return f"{start}: none was run again, so it is the default."
