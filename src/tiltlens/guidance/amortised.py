@@ -16,6 +16,7 @@ There is no twist beside the shift: with `Particles` a group is weighted and res
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ from torch import Tensor
 
 from tiltlens.constraint import Constraint, RowConstraint
 from tiltlens.denoiser import Denoiser
+from tiltlens.energies import Energy
 from tiltlens.errors import UserError
 from tiltlens.guidance.control import Adapter, Control, Head
 from tiltlens.guidance.guidance import Guidance, Guided, PilotTables, Profile, Step, clean_estimate
 from tiltlens.priors import lora
 from tiltlens.priors.prior import Prior
+from tiltlens.units.unit import Unit
 
 CONFIG, WEIGHTS = "config.json", "adapter.safetensors"
 FURTHEST = 2.0  # times the strength of training: a scaled adapter was measured to be of use up to about here
@@ -62,7 +65,7 @@ class AdapterConfig:
         unit = constraint.bank.units[0]
         return cls(
             control.kind, {"name": prior.name, "fingerprint": prior.fingerprint},
-            {"name": unit.name, "fingerprint": unit.fingerprint}, energy_of(constraint), float(strength), chain, until, trained,
+            {"name": unit.name, "fingerprint": unit.fingerprint}, energy_of(constraint.energy), float(strength), chain, until, trained,
         )  # fmt: skip
 
     @classmethod
@@ -83,10 +86,9 @@ class AdapterConfig:
                 f"guidance.adapter {folder / CONFIG}: not that of an adapter ({error})"
             ) from error
 
-    def check(self, prior: Prior, constraint: Constraint) -> None:
+    def check(self, prior: Prior, units: Sequence[Unit], energy: Energy) -> None:
         """Raises UserError unless it was trained for this prior, unit and energy."""
         expected = {"prior": self.prior, "unit": self.unit}
-        units = constraint.bank.units
         if len(units) != 1:
             raise UserError(
                 f"an adapter is of one unit ({self.unit['name']}), this run has {len(units)}: sample them apart"
@@ -101,15 +103,15 @@ class AdapterConfig:
                     f"guidance.adapter was trained for the {what} {mine['name']} ({mine['fingerprint'][:12]}), this run has "
                     f"{found[what]['name']} ({found[what]['fingerprint'][:12]}): train an adapter for it, or take Calibrated"
                 )
-        if self.energy != (mine := energy_of(constraint)):
+        if self.energy != (mine := energy_of(energy)):
             raise UserError(
                 f"guidance.adapter was trained for the energy {self.energy}, this run has {mine}: train an adapter for it"
             )
 
 
-def energy_of(constraint: Constraint) -> dict[str, Any]:
+def energy_of(energy: Energy) -> dict[str, Any]:
     """Class and settings, as a manifest has them."""
-    return {"class": type(constraint.energy).__name__, **vars(constraint.energy)}
+    return {"class": type(energy).__name__, **vars(energy)}
 
 
 def save_control(control: Control, config: AdapterConfig, folder: Path) -> Path:
@@ -154,8 +156,15 @@ class Amortised(Guidance):
         self._control: Control | None = None
         self._scaled: dict[float, Control] = {}
 
+    def check_target(
+        self, prior: Prior, units: Sequence[Unit], energy: Energy, strengths: Sequence[float]
+    ) -> None:
+        self._config.check(prior, units, energy)
+        for s in strengths:
+            self._scale(s)
+
     def prepare(self, pilot: PilotTables | None, prior: Prior, constraint: Constraint) -> None:
-        self._config.check(prior, constraint)
+        self._config.check(prior, constraint.bank.units, constraint.energy)
         self._control, self._scaled = load_control(Path(self.adapter), prior.denoiser), {}
 
     def outcome(self) -> list[dict]:
@@ -180,13 +189,17 @@ class Amortised(Guidance):
                 shift[mine] = (adapted.clamp(-1, 1) if step.clip else adapted) - x0_hat[mine]
         return Guided(x0_hat, self.weight(step) * shift, memory)
 
-    def _at(self, strength: float) -> Control:
+    def _scale(self, strength: float) -> float:
         scale = strength / self._config.strength
         if scale > FURTHEST * (1 + 1e-6):
             raise UserError(
                 f"guidance.adapter was trained at strength {self._config.strength:g}: expected strengths up to "
                 f"{FURTHEST:g} times that, found {strength:g}. Train an adapter at it, or take Calibrated"
             )
+        return scale
+
+    def _at(self, strength: float) -> Control:
+        scale = self._scale(strength)
         if scale not in self._scaled:
             self._scaled[scale] = self._control.scaled(scale)
         return self._scaled[scale]

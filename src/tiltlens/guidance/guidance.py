@@ -11,7 +11,7 @@ Nothing is ever normalised over the batch.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -141,6 +141,9 @@ class Guidance:
             raise ValueError(
                 f"model.pilot = 0, but {type(self).__name__} guidance needs a pilot: set pilot >= 8"
             )
+
+    def check_target(self, prior: Any, units: Sequence[Any], energy: Any, strengths: Sequence[float]) -> None:
+        """Raises ValueError, before anything is sampled, for a target that the method was not made for."""
 
     def outcome(self) -> list[dict]:
         """What was learned, unit by unit, in plain numbers; part of the manifest."""

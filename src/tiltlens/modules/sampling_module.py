@@ -108,6 +108,8 @@ class SamplingModule(LightningModule):
             raise ValueError(f"SamplingModule samples: use Trainer.predict, not {stage}")
         self.check_trainer(self.trainer)
         self.load()
+        strengths = getattr(self.trainer.datamodule, "strengths", ())
+        self.guidance.check_target(self.prior, self.units, self.energy, strengths)
 
     @staticmethod
     def check_trainer(trainer: Trainer) -> None:
