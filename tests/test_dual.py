@@ -144,8 +144,10 @@ def test_other_constraints_are_refused(text):
 
 def test_a_constraint_on_natural_activations_needs_some():
     with pytest.raises(ValueError, match=r"pilot >= 8"):
-        Asked.parse("z=2").check(0, None)
-    Asked.parse("kl=2").check(0, None)
+        Asked.parse("z=2").check(0, None, 1.0)
+    Asked.parse("kl=2").check(0, None, 1.0)
+    with pytest.raises(ValueError, match=r"eta above 0"):
+        Asked.parse("kl=2").check(64, None, 0.0)
     assert Asked.parse("z=2").target(Natural(None, None, 1.0, 3.0, torch.empty(0))) == 7.0
 
 

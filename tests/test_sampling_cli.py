@@ -253,3 +253,19 @@ def test_as_a_program_a_user_error_has_no_traceback(tmp_path):
 def test_main_says_where_the_report_is(tmp_path, capsys):
     sampling_cli.main([*MIXTURE, f"--out={tmp_path}"])
     assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+
+
+def test_what_a_run_cannot_say_is_said_where_it_ends(tmp_path, capsys):
+    """DPS far beyond its weights: bounds, and what would help, on the terminal as in summary.json."""
+    main(
+        [
+            *MIXTURE,
+            "--model.guidance=DPS",
+            "--data.strengths=[0,20]",
+            "--data.n=8",
+            f"--out={tmp_path / 'run'}",
+        ]
+    )
+    notes = RunFolder(tmp_path / "run").read_summary()["warnings"]
+    assert any("only bounds" in note for note in notes)
+    assert all(f"note: {note}" in capsys.readouterr().err for note in notes[:1])

@@ -54,8 +54,13 @@ class Asked:
             raise ValueError(f"constraint {text!r}: expected a finite number of nats above 0")
         return cls(text, kind, level)
 
-    def check(self, pilot: int, natural: str | None) -> None:
-        """Raises ValueError where the run will know no natural activations that the constraint speaks of."""
+    def check(self, pilot: int, natural: str | None, eta: float) -> None:
+        """Raises ValueError where the run will know no natural activations, or no nats, that the constraint speaks of."""
+        if self.kind == "kl" and eta == 0:
+            raise ValueError(
+                f"constraint {self.text!r} speaks of nats, and a chain with eta = 0 has no path KL and no weights: set "
+                "model.eta above 0, or ask for an activation (z=..., q...)"
+            )
         if self.kind != "kl" and not pilot and natural is None:
             raise ValueError(
                 f"constraint {self.text!r} speaks of natural activations, and model.pilot = 0 gives none: set pilot >= 8, "

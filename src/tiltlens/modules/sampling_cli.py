@@ -21,6 +21,7 @@ from tiltlens.modules.run_writer import RunFolderWriter
 from tiltlens.modules.sampling_module import SamplingModule
 from tiltlens.modules.wandb_curve import WandbCurve, place_wandb
 from tiltlens.priors import Prior
+from tiltlens.run_folder import RunFolder
 from tiltlens.sampling import ChainSampler
 from tiltlens.units import Unit
 
@@ -116,7 +117,7 @@ def main(args: list[str] | None = None) -> None:
     data, asked = cli.datamodule, cli.config["constraint"]
     if asked is not None:
         data = ConstraintPlan(Asked.parse(asked), data.n, data.seed, data.batch_size)
-        data.asked.check(cli.model.pilot, cli.model.natural)
+        data.asked.check(cli.model.pilot, cli.model.natural, cli.model.eta)
     elif cli.trainer.is_global_zero:
         writer.open(cli.model, data)
         if writer.whole:
@@ -134,4 +135,7 @@ def main(args: list[str] | None = None) -> None:
         print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
         raise KeyboardInterrupt from None  # Lightning makes an exit with status 1 of it
     if cli.trainer.is_global_zero:
+        # A number that is missing is not looked for on a page: what the run cannot say is said where it ends.
+        for line in RunFolder(cli.out).read_summary()["warnings"]:
+            print(f"note: {line}", file=sys.stderr)
         print(cli.out / "report.html")
