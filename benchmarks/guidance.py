@@ -12,7 +12,8 @@ of Calibrated sees no more than sample.py gives it: the first --pilot trajectori
 
 +- is one standard error: bootstrap over seeds and pool, seeds in common. A kl_lower with ">=" lies at the edge of
 what the pool can say of log Z: a bound still, but not the sharpest. The energy is linear, where MomentMatched and
-DPS are one and the same: w, held fixed, is only a constant (its rows are those of DPS). The table goes to stdout, progress to stderr.
+DPS are one and the same: w, held fixed, is only a constant (its rows are those of DPS). Every row is kept in --out as it
+ends: the same call goes on where it was stopped, and other guidances can be added later. The table goes to stdout, progress to stderr.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from tiltlens.energies import Linear
 from tiltlens.estimates.bounds import least_kl, mean
 from tiltlens.estimates.importance import tilt
 from tiltlens.estimates.samples import Samples
-from tiltlens.estimates.sweep import trusted_log_z
+from tiltlens.estimates.trust import trusted_log_z
 from tiltlens.guidance import DPS, LGD, MPGD, Calibrated, Guidance, MomentMatched
 from tiltlens.priors import load_prior
 from tiltlens.sampling.pilot import UnitPilot
@@ -99,6 +100,15 @@ class Figure:
         return out | {
             "kl_lower_edge": self.edge, "ess": self.ess, "nonfinite": self.lost, "seconds_a_sample": self.seconds
         }  # fmt: skip
+
+    def whole(self) -> dict:
+        """As JSON holds it, resamples and all."""
+        pairs = {k: (v[0], v[1].tolist()) for k, v in vars(self).items() if isinstance(v, tuple)}
+        return vars(self) | pairs
+
+    @classmethod
+    def of(cls, kept: dict) -> "Figure":
+        return cls(**{k: (v[0], np.asarray(v[1])) if isinstance(v, list) else v for k, v in kept.items()})
 
 
 class Bench:
@@ -345,39 +355,66 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     asked, start = arguments(), time.perf_counter()
-    bench = Bench(asked)
-    figures = []
-    for unit, name in ((u, g) for u in range(len(bench.names)) for g in asked.guidance):
-        what = f"{bench.names[unit]}, {name}"
-        twins = [f for f in figures if (f.unit, f.guidance) == (bench.names[unit], "DPS")]
-        if name == "MomentMatched" and twins:  # one and the same for a linear energy: it is not run twice
-            figures += [replace(f, guidance=name) for f in twins]
+    bench, figures = None, kept(asked)
+    spent = sum(f.seconds * f.n for f in figures.values())
+    names = [build_unit(u).name for u in asked.units]
+    for unit, name in ((u, g) for u in range(len(names)) for g in asked.guidance):
+        what, keys = f"{names[unit]}, {name}", [(names[unit], name, tuned) for tuned in (False, True)]
+        if keys[0] in figures and keys[1] in figures:
             continue
+        same = [figures.get((names[unit], "DPS", tuned)) for tuned in (False, True)]
+        if name == "MomentMatched" and all(same):  # one and the same for a linear energy: it is not run twice
+            figures |= {k: replace(f, guidance=name) for k, f in zip(keys, same)}
+            continue
+        bench = bench or Bench(asked)
         sampler = bench.calibrated(GUIDANCES[name]())
         first = bench.row(sampler, unit, name, 1.0, tuned=False)
         strength = bench.tune(sampler, unit, first.shift[0], what)
-        figures += [first, bench.row(sampler, unit, name, strength, tuned=True)]
-        for f in figures[-2:]:
+        figures |= {keys[0]: first, keys[1]: bench.row(sampler, unit, name, strength, tuned=True)}
+        for f in (figures[k] for k in keys):
             tell(
                 f"{what}, strength {f.strength:.3g}: shift {pm(f.shift)}, path KL {pm(f.path_kl)}, efficiency "
                 f"{pm(f.efficiency)} [{time.perf_counter() - start:.0f} s]", end="\n",
             )  # fmt: skip
-    figures.sort(key=lambda f: bench.names.index(f.unit))
-    seconds = time.perf_counter() - start
+        keep(asked, figures)
+    wanted = [figures[u, g, tuned] for u in names for g in asked.guidance for tuned in (False, True)]
+    minutes = (time.perf_counter() - start + spent) / 60
     print(
-        f"prior {bench.prior.name} ({bench.prior.fingerprint[:12]}), {asked.precision}; {asked.steps} steps, eta 1, uniform in "
-        f"log-SNR; {asked.samples} samples a row; pool of {asked.pool}, slopes from {asked.pilot}; {seconds / 60:.1f} minutes"
+        f"prior {asked.prior}, {asked.precision}; {asked.steps} steps, eta 1, uniform in log-SNR; {asked.samples} samples a "
+        f"row; pool of {asked.pool}, slopes from {asked.pilot}; {minutes:.1f} minutes"
         + (" (--quick: the figures mean nothing)" if asked.quick else "")
     )
-    print_rows(figures)
-    closing = print_closing(figures, bench.names)
-    if asked.out:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(asked).items()}
-        fingerprints = {u.name: u.fingerprint for u in bench.bank.units}
-        body = {"settings": settings, "prior_sha256": bench.prior.fingerprint, "unit_sha256": fingerprints,
-                "seconds": seconds, "rows": [f.plain() for f in figures], **closing}  # fmt: skip
-        asked.out.write_text(json.dumps(body, indent=1) + "\n")
+    print_rows(wanted)
+    keep(asked, figures, print_closing(wanted, names))
+
+
+def settings_of(asked: argparse.Namespace) -> dict:
+    free = ("units", "guidance", "out", "batch_size")  # a row is the same beside any others
+    prior = load_prior(asked.prior).fingerprint
+    return {k: v for k, v in vars(asked).items() if k not in free} | {"prior_sha256": prior}
+
+
+def kept(asked: argparse.Namespace) -> dict[tuple, Figure]:
+    """What an earlier call left in --out."""
+    if asked.out is None or not asked.out.exists():
+        return {}
+    body = json.loads(asked.out.read_text())
+    if body["settings"] != settings_of(asked):
+        raise SystemExit(f"{asked.out} holds figures of other settings: give another --out")
+    figures = [Figure.of(f) for f in body["kept"]]
+    return {(f.unit, f.guidance, f.tuned): f for f in figures}
+
+
+def keep(asked: argparse.Namespace, figures: dict[tuple, Figure], closing: dict | None = None) -> None:
+    if asked.out is None:
+        return
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = list(figures.values())
+    body = {"settings": settings_of(asked), **(closing or {}), "rows": [f.plain() for f in rows],
+            "kept": [f.whole() for f in rows]}  # fmt: skip
+    fresh = asked.out.with_name(f"{asked.out.name}.part")
+    fresh.write_text(json.dumps(body) + "\n")
+    fresh.replace(asked.out)
 
 
 if __name__ == "__main__":
