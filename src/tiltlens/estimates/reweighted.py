@@ -18,6 +18,7 @@ from tiltlens.estimates.table import read_groups
 KEYS = ("unit", "strength", "activation", "z", "energy", "kl", "log_z")
 
 
+@np.errstate(over="ignore")  # at 1e300 a square is inf, and what is judged by it is not trusted
 def reweight_rows(
     unit: str, table: dict, pilot: dict | None, strengths: list[float]
 ) -> tuple[list[dict], list[str]]:
