@@ -2,20 +2,20 @@
 
     python benchmarks/dual.py [--out DIR] [--constraint q0.999] [--units ADDRESS ...] [--n 32] [--quick]
 
-Ten units of the bundled encoder, five classes and five channels, each solved as `sample.py --constraint` does, by
+Ten units of the bundled encoder, five classes and five channels, solved in one run as `sample.py --constraint` does, by
 particles: natural samples, a first sweep of three strengths, then strengths near the solution, then more rows there where
-they would let the exact law be certified. A sweep is --n natural rows and --n at each of three strengths.
+they would sharpen the value or let the exact law be certified. A sweep is --n natural rows and --n at each of three
+strengths. The pilot of 1,000 is what a quantile of 0.999 takes.
 
 target: the natural quantile as a mean activation. reached: the value and its standard error, of the ideal law q_s or of
 the law that was sampled, as `law` says. off: their distance in standard errors. KL: of q_s at the solution where it is
 certified, else between its bounds; least: that of any law with that mean. denoiser calls, seconds: what all rows cost
 over what the sweep's rows cost; a call of a guided row, which has a gradient, counts as one, like any other. The pilot,
 which a sweep needs as well, is in neither.
-Every unit has a run folder of its own under --out: a run that was stopped goes on, and each can be looked at.
+--out is a run folder: a run that was stopped goes on, and its report.html can be looked at.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -31,7 +31,6 @@ from tiltlens.estimates.dual import FIRST
 from tiltlens.guidance import Calibrated
 from tiltlens.modules.results import columns
 from tiltlens.report.digits import number, plus_minus
-from tiltlens.run_folder import unit_slug
 from tiltlens.sampling import Particles
 
 UNITS = [
@@ -61,26 +60,30 @@ COLUMNS = (
 )
 
 
-def solve(address: str, asked: argparse.Namespace) -> dict:
-    """One unit's certificate and costs."""
+def solve(asked: argparse.Namespace) -> list[dict]:
+    """Each unit's certificate and costs."""
     result = tilt(
-        "bundled", address, n=asked.n, constraint=asked.constraint, guidance=Calibrated(),
+        "bundled", asked.units, n=asked.n, constraint=asked.constraint, guidance=Calibrated(),
         sampler=Particles(asked.particles), steps=asked.steps, pilot=asked.pilot, batch_size=asked.n,
-        precision=asked.precision, out=asked.out / unit_slug(address),
+        precision=asked.precision, out=asked.out,
     )  # fmt: skip
-    (found,) = result.constraint.values()
-    rows = columns(result.folder.samples())
-    manifest = result.folder.read_manifest()
-    (blocks,), (strengths,) = (manifest["constraint"][k].values() for k in ("blocks", "strengths"))
-    guided = rows["strength"] > 0
+    rows, told = columns(result.folder.samples()), result.folder.read_manifest()["constraint"]
+    result.report()
+    return [
+        found | {"unit": name} | costs(name, rows, told, asked.n) for name, found in result.constraint.items()
+    ]
+
+
+def costs(unit: str, rows: dict, told: dict, n: int) -> dict:
+    mine = rows["unit"] == unit
+    seconds, guided = rows["seconds"][mine], rows["strength"][mine] > 0
     # a strength of the sweep costs what any guided rows of the run do: the mean, not the luck of the first batches
-    sweep = rows["seconds"][~guided].sum() + len(FIRST) * asked.n * rows["seconds"][guided].mean()
-    return found | {
-        "unit": address,
-        "calls": sum(blocks) / (1 + len(FIRST)),
-        "seconds": float(rows["seconds"].sum() / sweep) if guided.any() else 0.0,
-        "strengths": len(strengths),
-        "rows": len(rows["seed"]),
+    sweep = seconds[~guided].sum() + len(FIRST) * n * seconds[guided].mean() if guided.any() else 0.0
+    return {
+        "calls": sum(told["blocks"][unit]) / (1 + len(FIRST)),
+        "seconds": float(seconds.sum() / sweep) if guided.any() else 0.0,
+        "strengths": len(told["strengths"][unit]),
+        "rows": int(mine.sum()),
     }
 
 
@@ -116,18 +119,16 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=32, help="rows a strength, in whole groups")
     parser.add_argument("--particles", type=int, default=8, help="of a group")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--pilot", type=int, default=128)
+    parser.add_argument("--pilot", type=int, default=1000)
     parser.add_argument("--precision", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--quick", action="store_true", help="does it run: one unit, few steps")
     asked = parser.parse_args()
     if asked.quick:
         asked.units, asked.n, asked.particles, asked.steps, asked.pilot = asked.units[:1], 16, 4, 8, 16
     asked.out = asked.out or Path(tempfile.mkdtemp(prefix="dual-"))
-    start, figures = time.perf_counter(), []
-    for address in asked.units:
-        figures.append(solve(address, asked))
-        print(f"{time.perf_counter() - start:.0f} s: {figures[-1]['text']}", file=sys.stderr, flush=True)
-        (asked.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    start = time.perf_counter()
+    figures = solve(asked)
+    print(*(f["text"] for f in figures), sep="\n", file=sys.stderr)
     print(
         f"{asked.constraint}, {asked.n} rows a strength in groups of {asked.particles}, {asked.steps} steps, pilot {asked.pilot}; "
         f"{(time.perf_counter() - start) / 60:.1f} minutes"

@@ -25,6 +25,7 @@ from tiltlens.estimates.table import read_groups
 
 KINDS = ("activation", "kl")
 NEAR = 0.01  # of the way from natural to target: as good as met where a standard error is smaller still
+SHARP = 0.15  # of that way: a standard error above it meets anything, and says nothing
 FIRST = (1 / 3, 2 / 3, 1.0)  # of the strength guessed from natural samples: the first sweep
 STEP_UP = 2.0  # a strength beyond all sampled ones is at most so many times the largest
 BEYOND = 1.25  # times the end of trust: where to sample to move it
@@ -36,11 +37,12 @@ FLAT = 2.0  # standard errors: two strengths whose means differ by less have rea
 class Certificate(NamedTuple):
     """What is known of one unit's constraint.
 
-    status: reached (within one standard error), natural (p meets it already: s = 0), infeasible, open (more samples are
+    status: reached (within one standard error, of at most SHARP of the way from natural), natural (p meets it already: s = 0), infeasible, open (more samples are
     needed). law: of which the certificate speaks, "q_s" or "sampled". strength: s*, sampled; solution: where the curve
     meets the target. value, value_se: reached there. kl, kl_se: KL(q_s*||p); kl_least: of any law with this mean;
     kl_most: path_kl, of the sampled law. reach: (natural value, the most that was certified or sampled). propose: strengths to sample next.
-    enlarge: how many times as many rows at `strength` would let q_s* be certified; 1 where it is, or where no number would do.
+    enlarge: how many times as many rows at `strength` would make the error small enough or, where it is, let q_s* be certified; 1
+    where nothing is wanting, or where no number would do.
     """
 
     status: str
@@ -90,15 +92,19 @@ def certify(kind: str, target: float, table: dict, pilot: dict | None, rows: lis
     if known and target <= max(ends):
         s, value, se = min(known, key=lambda x: abs(x[1] - target))
         slope = float(curve(np.array([s]))[1][0])
-        good = abs(value - target) <= max(se, NEAR * (target - natural))
+        good, wider = meets(value, se, target, natural)
         if solution is None:
             solution = _between(kind, target, natural, known)
         elif s <= curve.top and slope > 0:  # a step of Newton's from what is known best
             solution = float(np.clip(s + (target - value) / slope, s / 2, min(2 * s, curve.top)))
         kl, kl_se = by_strength[s]["kl"], by_strength[s]["kl_se"]
         least = kl if kind == "kl" or curve.linear else curve.least_kl(value)
-        met, more = ("reached", ()) if good else ("open", (tidy(solution, by_strength),))
-        return Certificate(met, "q_s", target, s, solution, value, se, kl, kl_se, least, None, reach, more)
+        met = "reached" if good and wider == 1 else "open"
+        more = () if good else (tidy(solution, by_strength),)
+        wider = wider if good else 1.0
+        return Certificate(
+            met, "q_s", target, s, solution, value, se, kl, kl_se, least, None, reach, more, wider
+        )
     found = _of_sampled(kind, target, sampled, by_strength, reach)
     if found.status == "reached":
         run = next(run for run in runs if run.strength == found.strength)
@@ -153,8 +159,10 @@ def _of_sampled(
         "strength": float(s[k]), "value": float(value[k]), "value_se": float(se[k]), "kl_least": row["kl_lower"],
         "kl_most": row["path_kl"], "reach": reach,
     }  # fmt: skip
-    if abs(value[k] - target) <= max(se[k], NEAR * (target - reach[0])):
-        return Certificate("reached", "sampled", target, solution=float(s[k]), **told)
+    good, wider = meets(value[k], se[k], target, reach[0])
+    if good:
+        status = "reached" if wider == 1 else "open"
+        return Certificate(status, "sampled", target, solution=float(s[k]), enlarge=wider, **told)
     solution = _between(kind, target, reach[0], sampled)
     if solution is not None:
         told |= {"solution": solution, "propose": (tidy(solution, by_strength),)}
@@ -168,6 +176,13 @@ def _of_sampled(
     gain = (target - reach[0]) / max(value[-1] - reach[0], 1e-12)
     factor = np.clip(np.sqrt(gain) if kind == "kl" else gain, 1.25, STEP_UP)
     return Certificate("open", "sampled", target, propose=(tidy(float(s[-1] * factor), by_strength),), **told)
+
+
+def meets(value: float, se: float, target: float, natural: float) -> tuple[bool, float]:
+    """Whether the target is met within one standard error, and how many times as many rows would make that error small
+    enough to mean it; 1 where it is."""
+    way = target - natural
+    return abs(value - target) <= max(se, NEAR * way), float(max(se / (SHARP * way), 1.0) ** 2)
 
 
 def first_sweep(curve: Curve, target: float, solution: float | None) -> tuple[float, ...]:

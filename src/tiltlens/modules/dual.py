@@ -115,6 +115,9 @@ class ConstraintPlan(PlanData):
             left = BUDGET - sum(mine.values())
             if entry["status"] == "open" and left > 0:
                 mine |= {s: 1 for s in entry["propose"][:left] if s not in mine}
+                if not entry["propose"] and entry["enlarge"] > 1:  # an error too large to mean anything
+                    at = entry["strength"]
+                    mine[at] = min(math.ceil(entry["enlarge"] * mine[at]), mine[at] + left)
             elif entry["status"] == "reached" and entry["enlarge"] > 1:
                 blocks = math.ceil(entry["enlarge"] * mine[entry["strength"]])
                 if blocks - mine[entry["strength"]] <= left - RESERVE:  # less would not do
@@ -181,11 +184,12 @@ def solve(trainer: Trainer, module: Any, data: ConstraintPlan, writer: Any) -> l
 def say(asked: Asked, found: Certificate, natural: Natural, strengths: int) -> str:
     """The certificate in a sentence or two."""
     kl = asked.kind == "kl"
-    what = (
-        f"{number(found.target)} nats"
-        if kl
-        else f"a mean activation of {number(found.target)}{_z(found.target, natural)}"
-    )
+    what = f"a mean activation of {number(found.target)}{_z(found.target, natural)}"
+    if kl:
+        what = f"{number(found.target)} nats"
+    elif asked.kind == "q" and natural.beyond(asked.level):
+        count, enough = len(natural.activations), math.ceil(1 / min(asked.level, 1 - asked.level) - 1e-6)
+        what += f" (a Gaussian tail's: that takes {enough} natural activations, and there are {count})"
     start = f"Asked for {asked.text}" + ("" if kl else f", {what}")
     name = "KL" if kl else "the mean activation"
     reached = plus_minus(found.value, found.value_se) if found.value is not None else ""
@@ -216,9 +220,12 @@ def say(asked: Asked, found: Certificate, natural: Natural, strengths: int) -> s
             f"{start}: beyond reach. {name[0].upper()}{name[1:]} goes from {low} to {high}{nearest}, and harder "
             "steering adds nothing. Ask for less, take more samples, or another guidance or unit."
         )
+    short = "not met within one standard error"
+    if found.enlarge > 1:
+        short = "met only within an error that is too large to tell"
     return (
-        f"{start}: not met within one standard error after {strengths} strengths{nearest}. This run reaches {low} to "
-        f"{high}: ask for less, or take a larger n."
+        f"{start}: {short} after {strengths} strengths{nearest}. This run reaches {low} to {high}: ask for less, or take a "
+        "larger n."
     )
 
 

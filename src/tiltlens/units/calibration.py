@@ -59,11 +59,15 @@ class Natural:
                 "a quantile level needs natural activations; this run has no calibration (pilot = 0)"
             )
         value = float(torch.quantile(self.activations, q))
-        edge = 1 / len(self.activations)
-        if edge <= q <= 1 - edge:
+        if not self.beyond(q):
             return value
         tail = self.mean + self.std * float(torch.special.ndtri(torch.tensor(q, dtype=torch.float64)))
         return max(value, tail) if q > 0.5 else min(value, tail)
+
+    def beyond(self, q: float) -> bool:
+        """Whether the q-quantile lies beyond what this many activations can tell."""
+        edge = 1 / max(len(self.activations), 1)
+        return not edge <= q <= 1 - edge
 
 
 def _check_alive(unit: Unit, std: Tensor) -> None:
