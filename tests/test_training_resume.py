@@ -7,15 +7,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from PIL import Image
 from prior_folders import ddpm, write_pixel
 
+from tiltlens.errors import UserError
 from tiltlens.modules.command_line import run
 from tiltlens.modules.image_data import BatchStream
+from tiltlens.modules.prior_module import LoRA, PriorModule
+from tiltlens.modules.sharding import is_sharded
 from tiltlens.modules.training_cli import TrainingCLI
 from tiltlens.priors import load_prior
 
@@ -202,19 +207,33 @@ def test_settings_under_which_nothing_is_learned(change, words, start, tmp_path,
     assert words in refused(arguments(start, tmp_path, 1, change), capsys)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")
-def test_two_processes_take_the_mean_of_their_gradients(start, tmp_path):
-    steps, batch = 3, BATCH // 2
-    args = arguments(
-        start, tmp_path, steps, "--trainer.devices=2", "--trainer.strategy=ddp", f"--data.batch_size={batch}"
-    )
+SHARDED = "lightning.pytorch.strategies.ModelParallelStrategy"
+STRATEGIES = {
+    "ddp": ["--trainer.devices=2", "--trainer.strategy=ddp"],
+    "shards": [
+        "--trainer.devices=2", f"--trainer.strategy={SHARDED}", "--trainer.strategy.data_parallel_size=2",
+        "--trainer.strategy.tensor_parallel_size=1", "--trainer.strategy.save_distributed_checkpoint=false",
+    ],
+}  # fmt: skip
+two_processes = [
+    pytest.mark.slow,
+    pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors"),
+]
+
+
+def of_two(start, out, steps, strategy, *more):
+    args = arguments(start, out, steps, *STRATEGIES[strategy], f"--data.batch_size={BATCH // 2}", *more)
     done = subprocess.run([sys.executable, str(TRAIN), *args], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("strategy", [pytest.param(s, marks=two_processes) for s in STRATEGIES])
+def test_two_processes_take_the_mean_of_their_gradients(strategy, start, tmp_path):
+    steps, batch = 3, BATCH // 2
+    of_two(start, tmp_path, steps, strategy)
     from lightning import Trainer
 
     from tiltlens.modules.image_data import ImageFolderData
-    from tiltlens.modules.prior_module import PriorModule
 
     module = PriorModule(str(start / "prior"), learning_rate=1e-3, warmup=0, decay=0)
     data = ImageFolderData(str(start / "images"), str(start / "images"), SIZE, batch, cache=start / "cache")
@@ -232,3 +251,32 @@ def test_two_processes_take_the_mean_of_their_gradients(start, tmp_path):
     found = checkpoint(tmp_path)["current_model_state"]
     for name, value in module.state_dict().items():
         torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")
+def test_weights_in_shards_are_those_of_ddp_and_resume(start, tmp_path):
+    """The average as well, in the checkpoint and in the export; a run of 2 + 2 steps is that of 4."""
+    of_two(start, tmp_path / "ddp", 4, "ddp")
+    of_two(start, tmp_path / "whole", 4, "shards")
+    of_two(start, tmp_path / "parts", 2, "shards")
+    of_two(start, tmp_path / "parts", 4, "shards", "--ckpt_path=last")
+    ddp, whole, parts = (checkpoint(tmp_path / name) for name in ("ddp", "whole", "parts"))
+    for key in ("state_dict", "current_model_state"):
+        for name, value in ddp[key].items():
+            torch.testing.assert_close(whole[key][name], value, atol=2e-5, rtol=1e-4)
+            assert torch.equal(parts[key][name], whole[key][name]), name
+    exported = load_prior(str(tmp_path / "whole" / "prior")).denoiser.network
+    for name, value in exported.state_dict().items():
+        assert torch.equal(value, whole["state_dict"][name]), name
+
+
+def test_shards_that_are_not_to_be_had(start):
+    """Before any long work: another way of sharding, checkpoints in pieces, adapters."""
+    for strategy in (FSDPStrategy(), ModelParallelStrategy()):
+        with pytest.raises(UserError, match=r"sharded\.yaml"):
+            is_sharded(SimpleNamespace(strategy=strategy))
+    module = PriorModule(str(start / "prior"), lora=LoRA(rank=2, targets=("convolution",)))
+    module._trainer = SimpleNamespace(strategy=ModelParallelStrategy(save_distributed_checkpoint=False))
+    with pytest.raises(UserError, match="strategy ddp"):
+        module.configure_model()

@@ -8,13 +8,15 @@ The warm-up lets a short run forget its initialisation: the average spans about 
 until 1 / (1 - decay) steps are less than that.
 """
 
+from typing import Any
+
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
-from tiltlens.errors import UserError
+from tiltlens.modules.sharding import ShardedAverage, is_sharded
 
 
 def warm_decay(decay: float, n_averaged: int) -> float:
@@ -25,8 +27,9 @@ def warm_decay(decay: float, n_averaged: int) -> float:
 class WarmEMA(WeightAveraging):
     """Exponential moving average of the weights with a warm-up; Lightning swaps it in where weights are read.
 
-    Buffers are copied at the start and not averaged: the networks trained here keep only constants there.
-    Raises ValueError for a decay outside [0, 1), UserError for a strategy that shards the weights.
+    Buffers are copied at the start and not averaged: the networks trained here keep only constants there. Of weights in
+    shards (`tiltlens.modules.sharding`) the average is in shards, too; a checkpoint holds either one whole.
+    Raises ValueError for a decay outside [0, 1), UserError for a strategy that shards in another way.
     """
 
     def __init__(self, decay: float = 0.999):
@@ -37,14 +40,24 @@ class WarmEMA(WeightAveraging):
             torch._foreach_lerp_(averaged, current, 1 - warm_decay(decay, int(n)))  # all weights in one call
 
         super().__init__(use_buffers=False, multi_avg_fn=average)
-        self.decay = decay
+        self.decay, self._rule = decay, average
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
-            raise UserError(
-                f"WarmEMA averages whole weights, and trainer.strategy = {type(trainer.strategy).__name__} shards them: "
-                "take the callback out, or train with ddp"
-            )
-        # In this hook the module still lies in main memory; its average belongs where it will be trained.
-        self._device = trainer.strategy.root_device
-        super().setup(trainer, pl_module, stage)
+        self._sharded = is_sharded(trainer)
+        if stage == "fit" and not self._sharded:
+            # In this hook the module still lies in main memory; its average belongs where it will be trained.
+            device = trainer.strategy.root_device
+            self._average_model = AveragedModel(pl_module, device, use_buffers=False, multi_avg_fn=self._rule)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._sharded:  # the weights have become shards since setup
+            self._average_model = ShardedAverage(pl_module, self._rule)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if not self._sharded or self._average_model is None:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        elif "current_model_state" in checkpoint:
+            n = int(checkpoint["averaging_state"]["n_averaged"])
+            self._average_model.restore(pl_module, n, checkpoint["current_model_state"])

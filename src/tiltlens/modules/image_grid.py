@@ -10,6 +10,7 @@ from torchvision.utils import make_grid
 
 from tiltlens.metrics.quality import sample_images
 from tiltlens.modules.prior_quality import check_sampled
+from tiltlens.modules.sharding import is_sharded
 
 
 class ImageGrid(Callback):
@@ -17,8 +18,7 @@ class ImageGrid(Callback):
 
     Any prior that `PriorModule` trains, pixels or latents: the chain of sample.py, `steps` uniform in log-SNR, eta = 0.
     With a WandbLogger the same picture is its image "grid". What changes from one picture to the next is the
-    network alone. How often: trainer.val_check_interval. Raises UserError for a module that is no prior, and for
-    strategies that shard its weights.
+    network alone. How often: trainer.val_check_interval. Raises UserError for a module that is no prior.
     """
 
     def __init__(self, n: int = 36, steps: int = 20, seed: int = 0):
@@ -37,12 +37,14 @@ class ImageGrid(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         # In the first batch, not at the end of the epoch: there the average may be swapped out already.
-        if batch_idx or trainer.sanity_checking or not trainer.is_global_zero:
-            return
+        if batch_idx or trainer.sanity_checking or not (trainer.is_global_zero or is_sharded(trainer)):
+            return  # weights in shards are together only where all ranks call the network
         seeds = range(self.seed, self.seed + self.n)
         images = sample_images(
             pl_module.denoiser, pl_module.decode, seeds, self.steps, eta=0.0, device=pl_module.device
         )
+        if not trainer.is_global_zero:
+            return
         grid = make_grid(images.add(1).div(2), nrow=max(1, int(self.n**0.5)))
         pixels = grid.mul(255).round().byte().permute(1, 2, 0).numpy()
         folder = Path(trainer.default_root_dir) / "grids"

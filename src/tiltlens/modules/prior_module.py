@@ -23,6 +23,7 @@ from tiltlens.modules.denoising import DenoisingLoss, Errors, by_noise
 from tiltlens.modules.image_data import Batch
 from tiltlens.modules.latents import LatentCache
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
+from tiltlens.modules.sharding import gathered, is_sharded, shard
 from tiltlens.priors.families import read_family
 from tiltlens.priors.latent import Codec
 from tiltlens.priors.lora import inject, lora_parameters, merge
@@ -93,6 +94,15 @@ class PriorModule(LightningModule):
             raise UserError(f"model.network: expected in_channels = {expected}, found {self.channels}")
         self.adapted = inject(self.network, lora.rank, lora.alpha, lora.targets) if lora else []
         self.random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.network.modules())
+
+    def configure_model(self) -> None:
+        """Weights in shards, where the strategy wants them; see `tiltlens.modules.sharding`."""
+        if is_sharded(self.trainer):
+            if self.adapted:
+                raise UserError(
+                    "model.lora with weights in shards: adapters are small, train them by --trainer.strategy ddp"
+                )
+            shard(self.network, self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
         size, side = getattr(self.trainer.datamodule, "size", None), self.network.config.sample_size
@@ -176,6 +186,15 @@ class PriorModule(LightningModule):
             self.latents.flush()
 
     def export(self, folder: Path) -> Path:
-        """Writes folder/prior, a diffusers pipeline with the present weights (after `fit`: the average), merged."""
-        network = merge(self.network).to(memory_format=torch.contiguous_format).eval()
-        return prior_pipeline.end(self.pipeline, network, Path(folder) / "prior")
+        """Writes folder/prior, a diffusers pipeline with the present weights (after `fit`: the average), merged. Weights in
+        shards are gathered: called on all ranks then, and written by rank 0."""
+        folder = Path(folder) / "prior"
+        if self.device_mesh is None:
+            network = merge(self.network)
+        else:
+            network = gathered(self.network)
+            if network is None:
+                return folder
+        return prior_pipeline.end(
+            self.pipeline, network.to(memory_format=torch.contiguous_format).eval(), folder
+        )

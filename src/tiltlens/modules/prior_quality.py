@@ -4,13 +4,13 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from tiltlens.errors import UserError
 from tiltlens.metrics import EncoderFeatures, quality, sample_images
 from tiltlens.modules.image_data import Images, to_unit_range
+from tiltlens.modules.sharding import is_sharded
 
 READ = 64  # images at once
 
@@ -24,8 +24,7 @@ class PriorQuality(Callback):
     validation that is every_n_steps steps later; always by `train.py validate`. In float32, whatever training's
     precision, as the exported prior is sampled. Several devices share the samples.
 
-    Raises UserError for a module that is no prior, an unknown encoder, data of fewer than 3 images, and strategies that
-    shard the weights.
+    Raises UserError for a module that is no prior, an unknown encoder, data of fewer than 3 images.
     """
 
     def __init__(
@@ -126,11 +125,7 @@ def check_sampled(callback: Callback, trainer: Trainer, pl_module: LightningModu
     name = type(callback).__name__
     if not (hasattr(pl_module, "denoiser") and hasattr(pl_module, "decode")):
         raise UserError(f"{name} draws from a prior in training; {type(pl_module).__name__} is none")
-    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
-        raise UserError(
-            f"{name} draws outside the training step, where trainer.strategy = {type(trainer.strategy).__name__} has "
-            "only shards of the weights: take the callback out, and use benchmarks/prior_quality.py afterwards"
-        )
+    is_sharded(trainer)  # refuses what is not known
     table = len(pl_module.denoiser.schedule)
     if not 1 <= steps <= table:
         raise UserError(f"{name}.steps = {steps}: expected 1 to {table}, the length of the training table")

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
 from tiltlens.errors import UserError
+from tiltlens.modules.sharding import whole
 
 LAG = 2  # steps: reading a number waits for an accelerator to reach it, and two steps later it has
 
@@ -19,15 +19,13 @@ class StepMonitor(Callback):
     """Logs gradient_norm (before clipping) and images_per_second (all ranks; validation and saving not counted).
 
     Stops at a loss or gradient that is not finite with the batch named, before anything more is saved: UserError.
-    With fp16 the scaler skips such gradients, and where weights are sharded no process has the whole gradient: there
-    only the loss counts.
+    With fp16 the scaler skips such gradients: there only the loss counts.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._watched: deque[tuple[str, str, Tensor]] = deque()
         self._batch, self._images, self._since = "", 0, time.perf_counter()
         self._told, self._scaled = trainer.global_step, trainer.precision == "16-mixed"
-        self._sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -46,10 +44,8 @@ class StepMonitor(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        if self._sharded:
-            return
         gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         if not self._scaled:
             self._watched.append(("gradient norm", self._batch, norm))
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:

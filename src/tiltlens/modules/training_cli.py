@@ -28,6 +28,7 @@ from tiltlens.modules.encoder_module import EncoderModule
 from tiltlens.modules.image_data import ImageFolderData
 from tiltlens.modules.prior_module import PriorModule
 from tiltlens.modules.sae_module import SparseAutoencoderModule
+from tiltlens.modules.sharding import is_sharded
 from tiltlens.modules.step_monitor import StepMonitor
 from tiltlens.modules.wandb_curve import place_wandb
 
@@ -35,7 +36,6 @@ LOGGER = {
     "class_path": "lightning.pytorch.loggers.WandbLogger",
     "init_args": {"project": "tiltlens", "offline": True},
 }
-SHARDED = ("fsdp", "modelparallel", "deepspeed")
 
 
 class SaveAsked(SaveConfigCallback):
@@ -97,7 +97,7 @@ class TrainingCLI(CommandLine):
         config["callbacks"] = [*(config["callbacks"] or []), resumed, StepMonitor(), *checkpoints]
         config["default_root_dir"] = out
         strategy = str(config["strategy"]).lower().replace("_", "")  # a name, or an object
-        if not any(name in strategy for name in SHARDED):  # these have checkpoints of their own
+        if not any(name in strategy for name in ("fsdp", "deepspeed")):  # these have checkpoints of their own
             config["plugins"] = [*_listed(config["plugins"]), WholeCheckpointIO()]
         loggers = [x for x in _listed(config["logger"]) if x is not True]
         for logger in loggers:
@@ -110,8 +110,12 @@ class TrainingCLI(CommandLine):
 
     def after_fit(self) -> None:
         """The export: a fit that was cut short by max_time or by the user's signal exports what there is."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+        whole = not is_sharded(self.trainer)
+        if not self.trainer.fast_dev_run and (
+            self.trainer.is_global_zero or not whole
+        ):  # shards are gathered from all
             folder = self.model.export(self.trainer.default_root_dir)
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
             print(f"exported {folder}", file=sys.stderr)
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandbLogger):
