@@ -279,3 +279,29 @@ def test_a_constraint_that_means_nothing_ends_with_status_2(tmp_path, capsys, mo
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_natural_samples_reach_is_within_reach_however_flat_the_means():
+    """A saturated unit: strengths double, and no verdict of infeasible, where some natural activation lies above the target."""
+    rows = [
+        {"strength": s, "activation_mean": m, "activation_se": 0.1, "kl": None, "kl_se": None, "kl_lower": 1.0, "path_kl": 2.0}
+        for s, m in ((1.0, 2.0), (2.0, 3.9), (4.0, 4.0), (8.0, 4.0))
+    ]  # fmt: skip
+    sampled = [(r["strength"], r["activation_mean"], 0.01) for r in rows]
+    by_strength = {r["strength"]: r for r in rows}
+    flat = _of_sampled("activation", 4.2, sampled, by_strength, (0.0, 4.0))
+    seen = _of_sampled("activation", 4.2, sampled, by_strength, (0.0, 4.0), seen=True)
+    assert (flat.status, seen.status, seen.propose) == ("infeasible", "open", (16.0,))
+
+
+def test_a_value_with_a_large_error_is_not_met():
+    rows = [
+        {"strength": 1.0, "activation_mean": 1.1, "activation_se": 0.6, "kl": None, "kl_se": None, "kl_lower": 1.0, "path_kl": 2.0}
+    ]  # fmt: skip
+    found = _of_sampled("activation", 1.0, [(1.0, 1.1, 0.6)], {1.0: rows[0]}, (0.0, 1.1))
+    assert (found.status, found.propose) == ("open", ())
+    assert found.enlarge == pytest.approx(16.0)
+    plan = ConstraintPlan(Asked.parse("z=1"), 8, 0, 8)
+    plan.of = {0: {0.0: 1, 1.0: 2}}
+    assert plan.grow([found._asdict()])
+    assert plan.of[0][1.0] == 4

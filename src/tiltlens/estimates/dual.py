@@ -105,7 +105,8 @@ def certify(kind: str, target: float, table: dict, pilot: dict | None, rows: lis
         return Certificate(
             met, "q_s", target, s, solution, value, se, kl, kl_se, least, None, reach, more, wider
         )
-    found = _of_sampled(kind, target, sampled, by_strength, reach)
+    most = max(float(g.activation.max()) for g in groups if not g.samples.strength)
+    found = _of_sampled(kind, target, sampled, by_strength, reach, kind == "activation" and target <= most)
     if found.status == "reached":
         run = next(run for run in runs if run.strength == found.strength)
         needed = MARGIN * rows_needed(run, run.strength, KL_ROOT)
@@ -147,9 +148,10 @@ def _sampled(kind: str, rows: list[dict]) -> list[tuple[float, float, float]]:
 
 
 def _of_sampled(
-    kind: str, target: float, sampled: list, by_strength: dict, reach: tuple[float, float]
+    kind: str, target: float, sampled: list, by_strength: dict, reach: tuple[float, float], seen: bool = False
 ) -> Certificate:
-    """The certificate of the sampled law: the strength whose mean is nearest, or the next one to try."""
+    """The certificate of the sampled law: the strength whose mean is nearest, or the next one to try. seen: whether there are
+    natural activations above the target, which is then within reach, however flat the means on the way."""
     if not sampled:  # eta = 0 has no path_kl
         return Certificate("infeasible", "sampled", target, reach=reach)
     s, value, se = (np.array(x) for x in zip(*sampled))
@@ -171,10 +173,16 @@ def _of_sampled(
     gain, error = (
         (value[-1] - value[apart[-1]], FLAT * np.hypot(se[-1], se[apart[-1]])) if len(apart) else (1, 0)
     )
-    if len(s) > 3 and gain < error and gain + error < target - value[-1]:  # as much again would not do
+    if (
+        not seen and len(s) > 3 and gain < error and gain + error < target - value[-1]
+    ):  # as much again would not do
         return Certificate("infeasible", "sampled", target, **told)
-    gain = (target - reach[0]) / max(value[-1] - reach[0], 1e-12)
-    factor = np.clip(np.sqrt(gain) if kind == "kl" else gain, 1.25, STEP_UP)
+    x, y = np.array([0.0, *s]), np.array([reach[0], *value])
+    slope = (y[-1] - y[-2]) / (x[-1] - x[-2])  # at the end: means that saturate ask for long steps
+    gain = 1 + (target - y[-1]) / (slope * x[-1]) if slope > 0 else STEP_UP
+    if kind == "kl":  # grows like s^2
+        gain = np.sqrt((target - reach[0]) / max(value[-1] - reach[0], 1e-12))
+    factor = np.clip(gain, 1.25, STEP_UP)
     return Certificate("open", "sampled", target, propose=(tidy(float(s[-1] * factor), by_strength),), **told)
 
 

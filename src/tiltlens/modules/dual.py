@@ -117,7 +117,8 @@ class ConstraintPlan(PlanData):
                 mine |= {s: 1 for s in entry["propose"][:left] if s not in mine}
                 if not entry["propose"] and entry["enlarge"] > 1:  # an error too large to mean anything
                     at = entry["strength"]
-                    mine[at] = min(math.ceil(entry["enlarge"] * mine[at]), mine[at] + left)
+                    # at most twice as many: with more rows the mean may move, and another strength be wanted
+                    mine[at] = min(math.ceil(entry["enlarge"] * mine[at]), 2 * mine[at], mine[at] + left)
             elif entry["status"] == "reached" and entry["enlarge"] > 1:
                 blocks = math.ceil(entry["enlarge"] * mine[entry["strength"]])
                 if blocks - mine[entry["strength"]] <= left - RESERVE:  # less would not do
