@@ -266,7 +266,8 @@ def print_walks(told: list[dict]) -> None:
         off = (chains[0] - walks[0]) / np.hypot(chains[1], walks[1])
         print(
             f"| {d['unit']} | {d['strength']:.3g} | {d['acceptance'][0]:.2f} to {d['acceptance'][1]:.2f} | {d['beta']:.2f} "
-            f"| {d['autocorrelation']:.1f} | {d['effective']:.0f} | {pm(chains)} | {pm(walks)} | {number(off, '+')} "
+            f"| {number(d['autocorrelation'])} | {number(d['effective'])} | {pm(chains) if np.isfinite(off) else '–'} | {pm(walks)} "
+            f"| {number(off, '+')} "
             f"| {d['lost']} | {d['seconds_walks']:.0f} | {d['seconds_particles']:.0f} |"
         )
 
