@@ -6,7 +6,7 @@ python train.py fit --config configs/train/NAME.yaml [--out DIR] [--KEY VALUE ..
 import os
 
 # Before torch is loaded: a thread that waits for another gives its core up after some 30 us, where libgomp would spin for
-# milliseconds. Alone it costs nothing; beside one busy process on two cores a run takes a third of the time.
+# milliseconds: beside a busy process that wait is what a run is made of.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from tiltlens.modules.command_line import run

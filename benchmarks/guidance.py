@@ -422,6 +422,10 @@ def settings_of(asked: argparse.Namespace) -> dict:
     return {k: v for k, v in vars(asked).items() if k not in free} | {"prior_sha256": prior}
 
 
+def fingerprints(asked: argparse.Namespace) -> dict[str, str]:
+    return {u.name: u.fingerprint for u in map(build_unit, asked.units)}
+
+
 def kept(asked: argparse.Namespace) -> dict[tuple, Figure]:
     """What an earlier call left in --out."""
     if asked.out is None or not asked.out.exists():
@@ -429,6 +433,9 @@ def kept(asked: argparse.Namespace) -> dict[tuple, Figure]:
     body = json.loads(asked.out.read_text())
     if body["settings"] != settings_of(asked):
         raise SystemExit(f"{asked.out} holds figures of other settings: give another --out")
+    for name, sha256 in fingerprints(asked).items():
+        if body["unit_sha256"].get(name, sha256) != sha256:
+            raise SystemExit(f"{asked.out} holds figures of {name} with other weights: give another --out")
     figures = [Figure.of(f) for f in body["kept"]]
     return {(f.unit, f.guidance, f.target): f for f in figures}
 
@@ -438,7 +445,8 @@ def keep(asked: argparse.Namespace, figures: dict[tuple, Figure], closing: dict 
         return
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     rows = list(figures.values())
-    body = {"settings": settings_of(asked), **(closing or {}), "rows": [f.plain() for f in rows],
+    before = json.loads(asked.out.read_text())["unit_sha256"] if asked.out.exists() else {}
+    body = {"settings": settings_of(asked), "unit_sha256": before | fingerprints(asked), **(closing or {}), "rows": [f.plain() for f in rows],
             "kept": [f.whole() for f in rows]}  # fmt: skip
     fresh = asked.out.with_name(f"{asked.out.name}.part")
     fresh.write_text(json.dumps(body) + "\n")
