@@ -156,3 +156,49 @@ def test_data_of_another_size_is_refused(tmp_path):
     write_pixel(Path(tmp_path), ddpm())
     with pytest.raises(ValueError, match=r"data\.size = 16: the prior's images have 8 pixels"):
         Trainer(**TRAINER).fit(PriorModule(str(tmp_path)), Small())
+
+
+ATTENTIVE = {
+    **TINY,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 4,
+}
+
+
+def loss_and_gradients(**how) -> tuple[list[str], list[torch.Tensor]]:
+    torch.manual_seed(0)
+    module = PriorModule(network=ATTENTIVE | {"sample_size": 8}, scheduler={"num_train_timesteps": 50}, **how)
+    t = torch.tensor([3, 20, 33, 49])
+    loss = module.loss(module, BATCHES[0]["image"], t, torch.Generator().manual_seed(0)).loss.mean()
+    loss.backward()
+    return list(module.state_dict()), [loss, *(p.grad for p in module.network.parameters())]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"fused_attention": False},
+        pytest.param({"compile": True, "fused_attention": False}, marks=pytest.mark.slow),  # half a minute
+    ],
+    ids=["plain attention", "compiled"],
+)
+def test_a_faster_step_is_the_same_step_under_the_same_names(how):
+    names, plain = loss_and_gradients()
+    found, fast = loss_and_gradients(**how)
+    assert found == names
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow  # half a minute of compiling
+def test_a_compiled_module_trains_averages_and_exports_as_the_plain_one(tmp_path):
+    folders = []
+    for name, compiled in (("plain", False), ("compiled", True)):
+        torch.manual_seed(0)
+        module = PriorModule(
+            network=ATTENTIVE | {"sample_size": 8}, scheduler={"num_train_timesteps": 50}, compile=compiled
+        )
+        train(module, callbacks=[WarmEMA()])
+        folders.append(module.export(tmp_path / name))
+    plain, fast = (DiffusionPipeline.from_pretrained(f).unet.state_dict() for f in folders)
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from lightning import LightningModule
 from torch import Tensor, nn
 
@@ -48,7 +49,8 @@ class PriorModule(LightningModule):
     every weight. prompt: the fixed text of a text-conditional prior. gamma: of min-SNR, None for equal weights.
     flip: mirror half of the images. learning_rate: the peak, reached after the share `warmup` of all steps and held;
     falls to 0 over the last share `decay`, in the form `decay_shape` (constant: decay 0; cosine: decay 1, cosine).
-    latent_cache: the folder of latents.
+    latent_cache: the folder of latents. fused_attention: False where the fused kernel is the slow one, as in a CPU's
+    backward in bf16. compile: torch.compile of training's forward and backward; pictures and metrics stay as they are.
 
     Raises UserError for a prior that cannot be had, two ways of starting at once, LoRA targets that match nothing,
     and numbers that are no learning rate, weight decay or share.
@@ -70,6 +72,8 @@ class PriorModule(LightningModule):
         decay: float = 0.4,
         decay_shape: Literal["linear", "cosine"] = "linear",
         latent_cache: Path | None = None,
+        fused_attention: bool = True,
+        compile: bool = False,
     ):
         super().__init__()
         check_rate(learning_rate, weight_decay, warmup, decay)
@@ -86,6 +90,9 @@ class PriorModule(LightningModule):
         )
         for name in self.condition:
             self.register_buffer(name, getattr(fixed, name), persistent=False)
+        if not fused_attention:
+            plain_attention(self.network)
+        self.compile_step, self._compiled = compile, None
         codec = prior_pipeline.codec_of(self.pipeline)
         # in a plain object: the autoencoder is neither trained, averaged nor kept in checkpoints
         self.latents = LatentCache(Codec(codec), latent_cache) if codec is not None else None
@@ -116,7 +123,17 @@ class PriorModule(LightningModule):
         """F (B, C, H, W) of the network for x (B, C, H, W), time (B,), under its fixed condition."""
         rows = {n: getattr(self, n).expand(len(x), *getattr(self, n).shape[1:]) for n in self.condition}
         x = x.to(self.network.dtype, memory_format=torch.channels_last)
-        return self.network(x, time, return_dict=False, **rows)[0][:, : self.channels]
+        return self._network(x, time, return_dict=False, **rows)[0][:, : self.channels]
+
+    @property
+    def _network(self) -> nn.Module:
+        """What trains: compiled at its first use, when weights are where they stay. Samples come in batches of any size."""
+        if not (self.compile_step and self.training and torch.is_grad_enabled()):
+            return self.network
+        if self._compiled is None:
+            # in a list: as a module's part it would put its prefix before the names of the weights
+            self._compiled = [torch.compile(self.network)]
+        return self._compiled[0]
 
     @property
     def denoiser(self) -> NetworkDenoiser:
@@ -198,3 +215,10 @@ class PriorModule(LightningModule):
         return prior_pipeline.end(
             self.pipeline, network.to(memory_format=torch.contiguous_format).eval(), folder
         )
+
+
+def plain_attention(network: nn.Module) -> None:
+    """Attention by plain products in place of the fused kernel; the weights and their names are untouched."""
+    for part in network.modules():
+        if isinstance(getattr(part, "processor", None), AttnProcessor2_0):
+            part.set_processor(AttnProcessor())
