@@ -305,3 +305,23 @@ def test_a_value_with_a_large_error_is_not_met():
     plan.of = {0: {0.0: 1, 1.0: 2}}
     assert plan.grow([found._asdict()])
     assert plan.of[0][1.0] == 4
+
+
+def test_a_value_that_is_near_but_off_by_more_than_its_error_is_refined_while_there_is_budget():
+    """A saturated unit: 1 % of the way is as good as met, and the error is smaller still."""
+    rows = [
+        {"strength": s, "activation_mean": m, "activation_se": 0.002, "kl": None, "kl_se": None, "kl_lower": 1.0, "path_kl": 2.0}
+        for s, m in ((4.0, 3.5), (8.0, 4.008))
+    ]  # fmt: skip
+    sampled = [(r["strength"], r["activation_mean"], r["activation_se"]) for r in rows]
+    found = _of_sampled("activation", 4.0, sampled, {r["strength"]: r for r in rows}, (0.0, 4.008))
+    assert found.status == "reached"
+    assert found.propose == (pytest.approx(4 + 4 * 0.5 / 0.508, abs=0.01),)
+    plan = ConstraintPlan(Asked.parse("z=1"), 8, 0, 8)
+    plan.of = {0: {0.0: 1, 4.0: 1, 8.0: 1}}
+    assert plan.grow([found._asdict()])
+    assert set(plan.of[0]) == {0.0, 4.0, 8.0, *found.propose}
+    plan.of[0] = {float(k): 1 for k in range(BUDGET)}
+    assert not plan.grow([found._asdict()])
+    near = [(s, m, 0.1) for s, m, _ in sampled]
+    assert _of_sampled("activation", 4.0, near, {r["strength"]: r for r in rows}, (0.0, 4.008)).propose == ()

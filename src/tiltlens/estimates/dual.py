@@ -41,6 +41,7 @@ class Certificate(NamedTuple):
     needed). law: of which the certificate speaks, "q_s" or "sampled". strength: s*, sampled; solution: where the curve
     meets the target. value, value_se: reached there. kl, kl_se: KL(q_s*||p); kl_least: of any law with this mean;
     kl_most: path_kl, of the sampled law. reach: (natural value, the most that was certified or sampled). propose: strengths to sample next.
+    Where it is reached by NEAR alone, off by more than its small error, a closer one.
     enlarge: how many times as many rows at `strength` would make the error small enough or, where it is, let q_s* be certified; 1
     where nothing is wanting, or where no number would do.
     """
@@ -164,6 +165,8 @@ def _of_sampled(
     good, wider = meets(value[k], se[k], target, reach[0])
     if good:
         status = "reached" if wider == 1 else "open"
+        closer = _between(kind, target, reach[0], sampled) if abs(value[k] - target) > se[k] else None
+        told |= {"propose": (tidy(closer, by_strength),) if closer is not None else ()}
         return Certificate(status, "sampled", target, solution=float(s[k]), enlarge=wider, **told)
     solution = _between(kind, target, reach[0], sampled)
     if solution is not None:

@@ -119,6 +119,10 @@ class ConstraintPlan(PlanData):
                     at = entry["strength"]
                     # at most twice as many: with more rows the mean may move, and another strength be wanted
                     mine[at] = min(math.ceil(entry["enlarge"] * mine[at]), 2 * mine[at], mine[at] + left)
+            elif (
+                entry["status"] == "reached" and entry["propose"]
+            ):  # as good as met: closer, while it may cost more
+                mine |= {s: 1 for s in entry["propose"][:left] if s not in mine}
             elif entry["status"] == "reached" and entry["enlarge"] > 1:
                 blocks = math.ceil(entry["enlarge"] * mine[entry["strength"]])
                 if blocks - mine[entry["strength"]] <= left - RESERVE:  # less would not do
