@@ -9,6 +9,7 @@ law with this mean activation spends; their ratio is the KL efficiency. objectiv
 gets below -log Z(s). All rows of a unit share one pool of unguided samples (its mean, its standard deviation and
 log Z(l) of the bound), and all guidances share their seeds and twins. p is the law of this chain at strength 0. The twist
 of Calibrated sees no more than sample.py gives it: the first --pilot trajectories of the pool. Learned learns on all of it.
+Rows called noise-aware read clean estimates by the twin of --noise-aware (a folder of NoiseAwareModule), the others never do.
 
 +- is one standard error: bootstrap over seeds and pool, seeds in common. A kl_lower with ">=" lies at the edge of
 what the pool can say of log Z: a bound still, but not the sharpest. The energy is linear, where MomentMatched and
@@ -17,6 +18,7 @@ ends: the same call goes on where it was stopped, and other guidances can be add
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -36,6 +38,7 @@ from tiltlens.sampling.pilot import UnitPilot
 from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler
 from tiltlens.units import UnitBank, build_unit
+from tiltlens.units.noise_aware import WEIGHTS, load_twin
 
 GUIDANCES = {
     "DPS": DPS,
@@ -46,10 +49,13 @@ GUIDANCES = {
     "Calibrated, memory": lambda: Calibrated(smoothing=1),
     "Calibrated, memory, 4 views": lambda: Calibrated(smoothing=4),
     "Learned": Learned,
+    "Calibrated, memory, noise-aware": lambda: Calibrated(smoothing=1),
+    "Learned, noise-aware": Learned,
 }
-PUBLISHED = [
-    n for n in GUIDANCES if n != "Learned"
-]  # what is run unless --guidance asks: nothing that is fitted
+AWARE = ", noise-aware"  # clean estimates are read by the twin of --noise-aware
+PUBLISHED = [  # what is run unless --guidance asks: nothing that is fitted
+    n for n in GUIDANCES if not n.startswith("Learned") and not n.endswith(AWARE)
+]
 OURS, THEIRS, GOAL = "Calibrated, memory", "DPS", 2.0
 GOALS = {1.0: 0.6, 2.0: 0.45}  # efficiency of Learned, by shift
 UNITS = [  # a class, and two channels: one of the patches, one of the cls token
@@ -123,15 +129,23 @@ class Bench:
         self.prior = load_prior(asked.prior, precision=asked.precision)
         self.bank = UnitBank([build_unit(u) for u in asked.units])
         self.bank.validate(self.prior.image_size)
+        aware = UnitBank(self.bank.units)
+        if asked.noise_aware:
+            aware.adopt(load_twin(asked.noise_aware, aware.encoders, self.prior.fingerprint))
+        self.banks = {False: self.bank, True: aware}
         self.names = [u.name for u in self.bank.units]
         start = time.perf_counter()
-        reader = Learned() if "Learned" in asked.guidance else DPS()
-        pilots = self._sampler(reader).run_pilot(
-            asked.pool, asked.batch_size, lambda k, n: tell(f"pool {k}/{n}")
-        )
-        self.pilots, self.lessons = pilots, None
-        tell(f"pool of {asked.pool}: {time.perf_counter() - start:.0f} s", end="\n")
-        self.slopes = [UnitPilot(p.members[: asked.pilot], p.path[:, : asked.pilot]) for p in pilots]
+        reader = Learned() if any(g.startswith("Learned") for g in asked.guidance) else DPS()
+        self.pilots, self.slopes, self.lessons = {}, {}, {}
+        for twin in sorted({False, *(g.endswith(AWARE) for g in asked.guidance)}):  # the same trajectories
+            pilots = self._sampler(reader, twin).run_pilot(
+                asked.pool, asked.batch_size, lambda k, n: tell(f"pool {k}/{n}")
+            )
+            self.pilots[twin] = pilots
+            self.slopes[twin] = [
+                UnitPilot(p.members[: asked.pilot], p.path[:, : asked.pilot]) for p in pilots
+            ]
+            tell(f"pool of {asked.pool}: {time.perf_counter() - start:.0f} s", end="\n")
         self.members = [p.members for p in pilots]
         sampler = self.calibrated(DPS())
         naturals = sampler.constraint.naturals
@@ -145,18 +159,19 @@ class Bench:
             tuple[int, int], dict[str, np.ndarray]
         ] = {}  # (unit, first seed) -> the unguided twins
 
-    def _sampler(self, guidance: Guidance) -> Sampler:
-        return Sampler(self.prior, self.bank, Linear(), guidance, self.asked.steps)
+    def _sampler(self, guidance: Guidance, twin: bool = False) -> Sampler:
+        return Sampler(self.prior, self.banks[twin], Linear(), guidance, self.asked.steps)
 
-    def calibrated(self, guidance: Guidance) -> Sampler:
-        sampler = self._sampler(guidance)
+    def calibrated(self, guidance: Guidance, twin: bool = False) -> Sampler:
+        """twin: clean estimates are read by the noise-aware one."""
+        sampler = self._sampler(guidance, twin)
         if not guidance.learns:
-            sampler.calibrate(self.slopes, self.members)
+            sampler.calibrate(self.slopes[twin], self.members)
             return sampler
-        start = time.perf_counter()
-        said = "" if self.lessons else f"{len(self.names)} units learned"
-        sampler.calibrate(self.pilots, self.members, self.lessons, lambda k, n: tell(f"learning {k}/{n}"))
-        self.lessons = sampler.lessons
+        start, known = time.perf_counter(), self.lessons.get(twin)
+        said = "" if known else f"{len(self.names)} units learned"
+        sampler.calibrate(self.pilots[twin], self.members, known, lambda k, n: tell(f"learning {k}/{n}"))
+        self.lessons[twin] = sampler.lessons
         if said:
             tell(f"{said}: {time.perf_counter() - start:.0f} s", end="\n")
         return sampler
@@ -326,9 +341,9 @@ def print_closing(figures: list[Figure], units: list[str], target: float) -> dic
         print(f"| {name} | {' | '.join(cells)} | {shifts} | {seconds:.2f} |")
     closing = {"efficiency": {k: float(v[0]) for k, v in means.items()}}
     for name in names:
-        if name == "Learned" and target in GOALS:
+        if name.startswith("Learned") and target in GOALS:
             passed = means[name][0] >= GOALS[target]
-            print(f"\n{'PASS' if passed else 'FAIL'}: the KL efficiency of Learned is {pm(means[name])}; goal: at least "
+            print(f"\n{'PASS' if passed else 'FAIL'}: the KL efficiency of {name} is {pm(means[name])}; goal: at least "
                   f"{GOALS[target]:g}.")  # fmt: skip
         if name.startswith(OURS) and THEIRS in means:
             ratio, again = float(means[name][0] / means[THEIRS][0]), means[name][1] / means[THEIRS][1]
@@ -351,6 +366,7 @@ def arguments() -> argparse.Namespace:
         "--units", nargs="+", default=UNITS, help="addresses (with weights=FILE for other encoders)"
     )
     parser.add_argument("--guidance", nargs="+", default=PUBLISHED, choices=list(GUIDANCES), metavar="NAME")
+    parser.add_argument("--noise-aware", help="the folder of a twin that reads clean estimates")
     parser.add_argument("--shift", nargs="+", type=float, default=[1.0], help="in prior standard deviations")
     parser.add_argument("--samples", type=int, default=64, help="of a row")
     parser.add_argument("--steps", type=int, default=40)
@@ -364,6 +380,8 @@ def arguments() -> argparse.Namespace:
     if asked.quick:
         asked.samples, asked.steps, asked.pool, asked.pilot = 4, 6, 32, 32
         asked.tuning, asked.batch_size, asked.units = 2, 8, asked.units[:1]
+    if not asked.noise_aware and any(g.endswith(AWARE) for g in asked.guidance):
+        parser.error("the noise-aware rows need --noise-aware FOLDER")
     if not 8 <= asked.pilot <= asked.pool:
         parser.error("expected 8 <= --pilot <= --pool")
     if not all(0 < x < np.inf for x in asked.shift):
@@ -388,7 +406,7 @@ def main() -> None:
             figures |= {k: replace(f, guidance=name) for k, f in zip(keys, same)}
             continue
         bench = bench or Bench(asked)
-        sampler = bench.calibrated(GUIDANCES[name]())
+        sampler = bench.calibrated(GUIDANCES[name](), name.endswith(AWARE))
         for key in keys:
             if key in figures:
                 continue
@@ -417,9 +435,20 @@ def main() -> None:
 
 
 def settings_of(asked: argparse.Namespace) -> dict:
-    free = ("units", "guidance", "shift", "out", "batch_size")  # a row is the same beside any others
-    prior = load_prior(asked.prior).fingerprint
-    return {k: v for k, v in vars(asked).items() if k not in free} | {"prior_sha256": prior}
+    free = (
+        "units",
+        "guidance",
+        "shift",
+        "out",
+        "batch_size",
+        "noise_aware",
+    )  # a row is the same beside any others
+    told = {"prior_sha256": load_prior(asked.prior).fingerprint}
+    if any(g.endswith(AWARE) for g in asked.guidance):
+        told["noise_aware_sha256"] = hashlib.sha256(
+            (Path(asked.noise_aware) / WEIGHTS).read_bytes()
+        ).hexdigest()
+    return {k: v for k, v in vars(asked).items() if k not in free} | told
 
 
 def fingerprints(asked: argparse.Namespace) -> dict[str, str]:

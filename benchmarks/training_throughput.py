@@ -1,12 +1,13 @@
 """What training under Lightning costs: PriorModule with all that a run has / a bare loop on the same model and batch.
 
     python benchmarks/training_throughput.py [--quick] [--batch 64] [--precision bf16-mixed] [--lora RANK]
+        [--compile] [--plain-attention]
 
 The run: the bundled prior under a Trainer with the average of the weights, clipping, the watch on loss and gradient, both
 logged, batches cut, mirrored and noised. The bare loop: forward, mean squared error, backward and AdamW's step of a
 copy of that network on one batch that was noised beforehand. They take turns of a few steps in one process; what counts
 is the median over turns of bare seconds / run seconds, in CPU time of the process (wall time on an accelerator), so that
-whatever else the machine does meets both.
+whatever else the machine does meets both. --compile, --plain-attention: of both.
 """
 
 import argparse
@@ -53,6 +54,7 @@ def bare_loop(module: PriorModule, batch: int, precision: str, device: torch.dev
     """One step of a copy of the module's network on one noised batch."""
     network = copy.deepcopy(module.network).to(device)
     learned = [p for p in network.parameters() if p.requires_grad]
+    called = torch.compile(network) if module.compile_step else network
     optimizer = torch.optim.AdamW(learned, module.learning_rate, weight_decay=module.weight_decay)
     size = network.config.sample_size
     x_t, target = torch.randn(2, batch, module.channels, size, size).to(device)
@@ -61,7 +63,7 @@ def bare_loop(module: PriorModule, batch: int, precision: str, device: torch.dev
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
-            f = network(x_t, t, return_dict=False)[0]
+            f = called(x_t, t, return_dict=False)[0]
         loss = functional.mse_loss(f.float(), target)
         optimizer.zero_grad()
         loss.backward()
@@ -77,6 +79,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--precision", choices=("bf16-mixed", "32-true"), default="bf16-mixed")
     parser.add_argument("--lora", type=int, help="rank of adapters; every weight is trained without")
+    parser.add_argument("--compile", action="store_true", help="model.compile true")
+    parser.add_argument("--plain-attention", action="store_true", help="model.fused_attention false")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--steps", type=int, default=3, help="of a turn, of each")
     parser.add_argument("--quick", action="store_true", help="does it run: the figure then means nothing")
@@ -84,7 +88,9 @@ def main() -> None:
     if asked.quick:
         asked.batch, asked.turns, asked.steps = 4, 2, 1
     torch.manual_seed(0)
-    module = PriorModule("bundled", lora=LoRA(asked.lora) if asked.lora else None, warmup=0, decay=0)
+    lora = LoRA(asked.lora) if asked.lora else None
+    how = {"compile": asked.compile, "fused_attention": not asked.plain_attention}
+    module = PriorModule("bundled", lora=lora, warmup=0, decay=0, **how)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def clock() -> float:
@@ -110,7 +116,8 @@ def main() -> None:
     print(
         f"training throughput under Lightning / bare loop: {ratio:.3f} (goal >= {GOAL}: "
         f"{'PASS' if ratio >= GOAL else 'FAIL'}); {run * 1e3:.0f} ms / {bare * 1e3:.0f} ms a step of {asked.batch} images, "
-        f"{what}, {asked.precision}, {'LoRA' if asked.lora else 'every weight'}, median of {asked.turns} turns, "
+        f"{what}, {asked.precision}, {'LoRA' if asked.lora else 'every weight'}"
+        f"{', compiled' if asked.compile else ''}{', plain attention' if asked.plain_attention else ''}, median of {asked.turns} turns, "
         f"{torch.get_num_threads()} threads"
     )
 

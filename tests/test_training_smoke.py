@@ -66,3 +66,15 @@ def test_encoder(tmp_path, monkeypatch):
     train("encoder", tmp_path, monkeypatch, "--trainer.logger=false")
     encoder = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True).eval()
     assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_noise_aware_twin(tmp_path, monkeypatch):
+    """... and sample.py reads clean estimates with it."""
+    train("noise-aware", tmp_path, monkeypatch, "--trainer.logger=false")
+    monkeypatch.setattr("sys.argv", ["sample.py"])
+    sampling_cli.main([
+        f"--model.noise_aware={tmp_path / 'noise-aware'}", "--model.steps=3", "--model.pilot=8", "--data.n=2",
+        "--data.strengths=[0,1]", "--trainer.accelerator=cpu", "--trainer.logger=false", f"--out={tmp_path / 'out'}",
+    ])  # fmt: skip
+    told = RunFolder(tmp_path / "out").read_manifest()
+    assert "noise_aware" in str(told)

@@ -55,11 +55,12 @@ class RowConstraint:
     def decode(self, x_0: Tensor) -> Tensor:
         return self._all.decode(x_0)
 
-    def read(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), or (V B, 3, H, W) for V views of every row, view after view -> activation a, (V B,)."""
+    def read(self, images: Tensor, log_snr: float | None = None) -> Tensor:
+        """Images (B, 3, H, W), or (V B, 3, H, W) for V views of every row, view after view -> activation a, (V B,).
+        log_snr: of clean estimates, which a noise-aware twin reads where there is one; None for samples."""
         views = len(images) // len(self.which)
         which = self.which.repeat(views)
-        members = self._all.bank.read(images, which).to(self.strength.dtype)
+        members = self._all.bank.read(images, which, log_snr).to(self.strength.dtype)
         mean, std = self._member_mean.repeat(views, 1), self._member_std.repeat(views, 1)
         return self._all.bank.combine((members - mean) / std, which)
 

@@ -77,7 +77,7 @@ class Calibrated(Guidance):
         variance = self._row(self._tables.residual_variance, step, rows)
         images = rows.decode(clean)
         views = views_of(images, self.smoothing, step.number)
-        u = rows.argument(rows.read(views)).reshape(-1, len(clean)).mean(0)
+        u = rows.argument(rows.read(views, step.log_snr)).reshape(-1, len(clean)).mean(0)
         mean = intercept + slope * u.detach()
         mean.requires_grad_()
         log_psi = rows.log_tilt(mean, variance)
@@ -92,7 +92,7 @@ class Calibrated(Guidance):
     def _redrawn(self, force: Tensor, step: Step, rows: RowConstraint) -> Tensor:
         """d(force u) / d x0_hat (B, *shape), averaged over redrawn estimates."""
         around = step.redraw(self.redraws, KAPPA).requires_grad_()
-        u = rows.argument(rows.read(rows.decode(around)))
+        u = rows.argument(rows.read(rows.decode(around), step.log_snr))
         (h,) = torch.autograd.grad((force.repeat(self.redraws) * u).sum(), around)
         return h.unflatten(0, (self.redraws, -1)).mean(0)
 

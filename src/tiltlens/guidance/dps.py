@@ -17,7 +17,7 @@ class DPS(Guidance):
     """
 
     def cotangent(self, clean: Tensor, step: Step, rows: RowConstraint, memory: Any):
-        u = rows.argument(rows.read(rows.decode(clean)))
+        u = rows.argument(rows.read(rows.decode(clean), step.log_snr))
         log_psi = rows.log_tilt(u, 0.0)
         (h,) = torch.autograd.grad(log_psi.sum(), clean)
         return h, memory, unchanged(log_psi)

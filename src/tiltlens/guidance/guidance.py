@@ -47,6 +47,11 @@ class Step:
         return float(self.schedule.sigma[self.t])
 
     @property
+    def log_snr(self) -> float:
+        """log(alpha^2 / sigma^2)."""
+        return float(self.schedule.log_snr[self.t])
+
+    @property
     def fraction(self) -> float:
         """t / T: 0 at the clean end of the table, 1 at the noisy one."""
         return self.t / max(len(self.schedule) - 1, 1)

@@ -217,7 +217,7 @@ class Learned(Calibrated):
     def read(self, clean: Tensor, step: Step, rows: RowConstraint) -> Tensor:
         """u (B,), the mean over views."""
         views = views_of(rows.decode(clean), self.smoothing, step.number)
-        return rows.argument(rows.read(views)).reshape(-1, len(clean)).mean(0)
+        return rows.argument(rows.read(views, step.log_snr)).reshape(-1, len(clean)).mean(0)
 
     def sources(
         self, clean: Tensor, u: Tensor, force: Tensor, step: Step, rows: RowConstraint

@@ -26,7 +26,7 @@ class LGD(Guidance):
     def cotangent(self, clean: Tensor, step: Step, rows: RowConstraint, memory: Any):
         noise = step.twist_noise(self.samples).transpose(0, 1)  # (K, B, *shape)
         around = clean[None] + clean_spread(step, self.sigma_data) * noise.to(clean)
-        a = rows.read(rows.decode(around.flatten(0, 1)))
+        a = rows.read(rows.decode(around.flatten(0, 1)), step.log_snr)
         u = rows.argument(a).reshape(self.samples, -1)
         log_psi = rows.log_tilt(u, 0.0).logsumexp(0) - math.log(self.samples)
         (h,) = torch.autograd.grad(log_psi.sum(), clean)

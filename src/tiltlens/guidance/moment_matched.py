@@ -18,7 +18,7 @@ class MomentMatched(Guidance):
     """
 
     def cotangent(self, clean: Tensor, step: Step, rows: RowConstraint, memory: Any):
-        u = rows.argument(rows.read(rows.decode(clean)))
+        u = rows.argument(rows.read(rows.decode(clean), step.log_snr))
         (jacobian,) = torch.autograd.grad(u.sum(), clean)
 
         def scale(v: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ class MPGD(Guidance):
         with torch.no_grad():
             x0_hat = clean_estimate(denoiser, x_t, step.t, step.clip)
         clean = x0_hat.detach().clone().requires_grad_()
-        u = rows.argument(rows.read(rows.decode(clean)))
+        u = rows.argument(rows.read(rows.decode(clean), step.log_snr))
         log_psi = rows.log_tilt(u, 0.0)
         (h,) = torch.autograd.grad(log_psi.sum(), clean)
         # r_t^2 h stands for (sigma^2 / alpha) g, so that profile and the mask of strengths stay in one place

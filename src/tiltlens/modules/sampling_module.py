@@ -22,6 +22,7 @@ from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler, Samples
 from tiltlens.schedule import SPACINGS, step_indices
 from tiltlens.units import Unit, UnitBank, build_unit
+from tiltlens.units.noise_aware import load_twin
 
 PILOT_BATCH = 64
 
@@ -35,7 +36,8 @@ class SamplingModule(LightningModule):
     steps: network calls of a sample. eta: 0 (deterministic; KL with NoiseSpace alone) to 1 (ancestral). spacing: of the
     steps, log-snr or index. clip: clamp clean estimates to [-1, 1] in base and guided law. pilot: unguided trajectories
     for calibration, 0 for none. natural: an image folder that says what is natural, in place of the pilot's samples.
-    precision: of the prior's network, float32 or bfloat16. prompt: for text-conditional priors.
+    precision: of the prior's network, float32 or bfloat16. prompt: for text-conditional priors. noise_aware: a folder of
+    `NoiseAwareModule`, or several, of twins that read the clean estimates for the guidance.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class SamplingModule(LightningModule):
         natural: str | None = None,
         precision: str = "float32",
         prompt: str = "",
+        noise_aware: str | list[str] | None = None,
     ):
         super().__init__()
         if not (isinstance(eta, (int, float)) and math.isfinite(eta) and 0 <= eta <= 1):
@@ -84,6 +87,7 @@ class SamplingModule(LightningModule):
             clip,
         )
         self.pilot, self.natural, self.precision, self.prompt = pilot, natural, precision, prompt
+        self.noise_aware = [noise_aware] if isinstance(noise_aware, str) else list(noise_aware or [])
         self.prior: Prior | None = None
         self.sampler: Sampler | None = None
         self.pilot_store: Any = None  # where a pilot is kept; given by the run-folder writer
@@ -101,6 +105,8 @@ class SamplingModule(LightningModule):
         if self.natural and not prior.images:
             raise ValueError(f"model.natural is an image folder, but the prior {prior.name} has no images")
         bank.validate(prior.image_size or prior.denoiser.shape)
+        for folder in self.noise_aware:
+            bank.adopt(load_twin(folder, bank.encoders, prior.fingerprint))
         self.bank, self.prior = bank, prior
 
     def setup(self, stage: str) -> None:
@@ -201,4 +207,5 @@ class SamplingModule(LightningModule):
             "sampler": self.method.describe(),
             "chain": {"steps": self.steps, "eta": self.eta, "spacing": self.spacing, "clip": self.clip},
             "pilot": self.pilot, "natural": self.natural, "precision": self.precision, "prompt": self.prompt,
+            **({"noise_aware": {name: t.sha256 for name, t in self.bank.twins.items()}} if self.noise_aware else {}),
         }  # fmt: skip

@@ -6,6 +6,7 @@ OUT/logs/version_N/         metrics.csv, one version a start
 OUT/wandb                   the same for W&B, offline unless --trainer.logger.offline false; --trainer.logger false for none
 OUT/prior or OUT/encoder    the trained network with averaged weights, as the field's libraries read it
 OUT/sae                     a sparse autoencoder, as a unit's address reads it
+OUT/noise-aware             a twin of an encoder that reads clean estimates, for `--model.noise_aware`
 OUT/adapter                 a control of one unit, for `--model.guidance Amortised`
 """
 
@@ -26,6 +27,7 @@ from tiltlens.modules.checkpoints import CheckResumed, StepCheckpoint, WholeChec
 from tiltlens.modules.command_line import CommandLine, check_devices
 from tiltlens.modules.encoder_module import EncoderModule
 from tiltlens.modules.image_data import ImageFolderData
+from tiltlens.modules.noise_aware_module import NoiseAwareModule
 from tiltlens.modules.prior_module import PriorModule
 from tiltlens.modules.sae_module import SparseAutoencoderModule
 from tiltlens.modules.sharding import is_sharded
@@ -50,7 +52,9 @@ class SaveAsked(SaveConfigCallback):
 class TrainingCLI(CommandLine):
     """fit and validate for every module here."""
 
-    modules: ClassVar = {"model": (PriorModule, EncoderModule, SparseAutoencoderModule, AmortiseModule)}
+    modules: ClassVar = {
+        "model": (PriorModule, EncoderModule, SparseAutoencoderModule, AmortiseModule, NoiseAwareModule)
+    }
 
     def __init__(self, args: list[str] | None = None):
         quiet = {"exit_on_error": False}

@@ -66,13 +66,14 @@ def run_pilot(
                     kept.append(phi.cpu())
                 else:
                     x0_hat = clean_estimate(chain.denoiser, state.x, t, chain.clip)
-                reads.append(_read_all(bank, decode(x0_hat)))
+                # the last step returns its clean estimate, so its reading is the sample's activation
+                level = float(chain.log_snr[number]) if number + 1 < len(chain) else None
+                reads.append(bank.read_all(decode(x0_hat), level).double())
             state, _ = chain.move(state, number, Guided(x0_hat, None), noise)
             done += 1
             if progress:
                 progress(done, len(batches) * len(chain))
         paths.append(torch.stack(reads))  # (steps, b, units, K)
-        # the last step returns its clean estimate, so its reading is the sample's activation
         finals.append(reads[-1])
     path, final = torch.cat(paths, 1), torch.cat(finals)
     steps = len(chain)
@@ -83,11 +84,6 @@ def run_pilot(
         UnitPilot(final[:, i, : u.size].cpu(), path[:, :, i, : u.size].cpu(), phi)
         for i, u in enumerate(bank.units)
     ]
-
-
-def _read_all(bank: UnitBank, images: Tensor) -> Tensor:
-    """(B, units, K): every unit on every image, in one pass of each encoder."""
-    return bank.read_all(images).double()
 
 
 def tables(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tiltlens.units.encoder import Encoder
+from tiltlens.units.noise_aware import NoiseAware
 from tiltlens.units.unit import Unit
 
 
@@ -29,15 +30,32 @@ class UnitBank(nn.Module):
         }  # a member of several units is read once
         self._members = [[one[m.name] for m in unit.members] for unit in self.units]
         self.encoders = nn.ModuleList({m.encoder: None for m in one.values() if m.encoder is not None})
+        self.twins = nn.ModuleDict()  # by the encoder's sha256
+
+    def adopt(self, twin: NoiseAware) -> None:
+        """Read clean estimates of its encoder's units by this twin. Raises ValueError where the bank has no such encoder."""
+        sha256 = twin.config.encoder["sha256"]
+        if sha256 not in [e.fingerprint for e in self.encoders]:
+            raise ValueError(
+                f"no unit of {', '.join(u.name for u in self.units)} is of the encoder {twin.config.encoder['name']}"
+            )
+        self.twins[sha256] = twin
+
+    def _reader(self, encoder: Encoder | None, log_snr: float | None) -> Encoder | None:
+        """Who reads: the encoder, or its twin at the levels that it was trained for."""
+        if encoder is None or log_snr is None or encoder.fingerprint not in self.twins:
+            return encoder
+        twin = self.twins[encoder.fingerprint]
+        return twin.twin if twin.at(log_snr) else encoder
 
     def __len__(self) -> int:
         return len(self.units)
 
-    def read(self, images: Tensor, which: Tensor) -> Tensor:
+    def read(self, images: Tensor, which: Tensor, log_snr: float | None = None) -> Tensor:
         """Activations of the members of units[which[i]] on row i.
 
-        images: (B, 3, H, W) in [-1, 1], or vectors (B, d) for projections. which: (B,) integers. Returns (B,
-        K) float32 or better, raw (not standardised), zero where a unit has fewer members. Differentiable; row
+        images: (B, 3, H, W) in [-1, 1], or vectors (B, d) for projections. which: (B,) integers. log_snr: of
+        clean estimates, which a twin may read; None for samples. Returns (B, K) float32 or better, raw (not standardised), zero where a unit has fewer members. Differentiable; row
         i depends on image i alone.
         """
         places: dict[Unit, list[tuple[int, int]]] = {}  # member -> the (row, column)s it fills
@@ -48,7 +66,7 @@ class UnitBank(nn.Module):
         for encoder, members in self._by_encoder(places):
             rows = sorted({row for m in members for row, _ in places[m]})
             index = {row: k for k, row in enumerate(rows)}
-            seen = _see(encoder, members, _take(images, rows))
+            seen = _see(self._reader(encoder, log_snr), members, _take(images, rows))
             for m in members:
                 filled += places[m]
                 values.append(m.read(_take(seen[m], [index[row] for row, _ in places[m]])))
@@ -58,12 +76,13 @@ class UnitBank(nn.Module):
         rows, columns = torch.tensor(filled, device=images.device).T
         return out.index_put((rows, columns), torch.cat([v.to(out) for v in values]))
 
-    def read_all(self, images: Tensor) -> Tensor:
+    def read_all(self, images: Tensor, log_snr: float | None = None) -> Tensor:
         """Every unit on every image, (B, units, K), one pass of each encoder. As `read` otherwise."""
         everyone = dict.fromkeys(m for members in self._members for m in members)
         values: dict[Unit, Tensor] = {}
         for encoder, members in self._by_encoder(everyone):
-            values |= {m: m.read(h) for m, h in _see(encoder, members, images).items()}
+            seen = _see(self._reader(encoder, log_snr), members, images)
+            values |= {m: m.read(h) for m, h in seen.items()}
         rows = [torch.stack([values[m] for m in ms], 1) for ms in self._members]
         return torch.stack([torch.nn.functional.pad(r, (0, self.size - r.shape[1])) for r in rows], 1)
 

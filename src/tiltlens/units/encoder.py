@@ -119,9 +119,10 @@ class Encoder(nn.Module):
         """
         for layer in layers:
             self.require_layer(layer)
-        return in_equal_batches(lambda part: self._forward(part, layers), images)
+        return in_equal_batches(lambda part: self.outputs(part, layers), images)
 
-    def _forward(self, images: Tensor, layers: Sequence[str | None]) -> dict[str | None, Tensor]:
+    def outputs(self, images: Tensor, layers: Sequence[str | None]) -> dict[str | None, Tensor]:
+        """`activations` in one batch of whatever size, for training; the layers are known to be there."""
         found: dict[str | None, Tensor] = {}
         inner = {layer for layer in layers if layer is not None}
 

@@ -1,0 +1,246 @@
+"""Training of a noise-aware twin of an encoder (`tiltlens.units.noise_aware`): a regression of its layers on clean estimates.
+
+    x_t = alpha_t x_0 + sigma_t eps,    minimise over the twin   sum_layers log E |twin(x0_hat(x_t)) - encoder(x_0)|^2
+
+whose solution at every layer is E[encoder(x_0) | x_t]. The logarithm, by noise level and layer: errors are weighted by one over
+their running mean, for a step of the chain is worth the share of the variance that it tells, at every level alike. Layers
+are compared in units of the encoder's own standard deviation: each position (all tokens, or the map), and their means
+(patches; the cls token), which most units read. x_0: natural images, and samples of the prior itself, in the share `own_share`, for these
+are what guidance meets.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tiltlens.errors import UserError
+from tiltlens.modules.image_data import Batch, BatchStream
+from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
+from tiltlens.priors import load_prior
+from tiltlens.sampling.chain import Chain
+from tiltlens.sampling.noise import Noise, stream_seed
+from tiltlens.schedule import step_indices
+from tiltlens.units.encoder import Encoder
+from tiltlens.units.noise_aware import TwinConfig, save_twin, twin_of
+from tiltlens.units.readout import positions
+from tiltlens.units.sources import load_encoder
+
+OUTPUT = "output"  # the encoder's own output, in `layers`
+LEVELS = 4  # noise levels a batch
+BINS = 12  # of log-SNR, for the running errors
+KEEP = 0.98  # of a running error, a step
+BATCH = 64  # own samples drawn at once
+MOMENTS = 512  # images for means and standard deviations
+
+
+class NoiseAwareModule(LightningModule):
+    """A twin of `encoder` under `prior`, trained on {image (B, 3, H, W) in [-1, 1]}.
+
+    encoder, weights: as in a unit's address. prior: any that `load_prior` reads; precision: of its network. layers: whose
+    outputs are learned, module paths, "output" for the encoder's own, which counts as much as all others together. log_snr: the range of
+    noise levels. own: so many samples of the prior are drawn first, by a chain of `steps`, and make up the share own_share
+    of each batch. fused_attention: False where the fused kernel is the slow one (bf16 on a CPU). Raises UserError or
+    ValueError for what encoder and prior have not, and for numbers that are no share, range or learning rate.
+    """
+
+    def __init__(
+        self,
+        encoder: str = "bundled",
+        weights: str | None = None,
+        prior: str = "bundled",
+        precision: str = "float32",
+        layers: tuple[str, ...] = (OUTPUT,),
+        log_snr: tuple[float, float] = (-6.0, 6.0),
+        own: int = 2048,
+        own_share: float = 0.5,
+        steps: int = 40,
+        learning_rate: float = 5e-4,
+        weight_decay: float = 0.05,
+        warmup: float = 0.05,
+        fused_attention: bool = True,
+    ):
+        super().__init__()
+        check_rate(learning_rate, weight_decay, warmup, 1 - warmup)
+        if not layers:
+            raise UserError("model.layers: expected at least one layer")
+        if not (0 <= own_share <= 1 and own >= 0) or (own == 0) != (own_share == 0):
+            raise UserError(
+                f"model.own = {own}, model.own_share = {own_share}: expected a count and a share of the batch, both 0 or neither"
+            )
+        if not log_snr[0] < log_snr[1]:
+            raise UserError(f"model.log_snr = {log_snr}: expected (lowest, highest)")
+        source, self.layers = load_encoder(encoder, weights), [None if x == OUTPUT else x for x in layers]
+        for layer in self.layers:
+            source.require_layer(layer)
+        self.twin = twin_of(source).requires_grad_(True)
+        for part in self.twin.modules():
+            if hasattr(part, "fused_attn"):
+                part.fused_attn = fused_attention and part.fused_attn
+        loaded = load_prior(prior, precision=precision)
+        if not loaded.images:
+            raise UserError(f"model.prior {prior} has no images")
+        # In a tuple: they are neither trained nor kept in checkpoints.
+        self._parts = (source, loaded)
+        self.low, self.high = (float(x) for x in log_snr)
+        self.own, self.own_share, self.steps = own, own_share, steps
+        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
+        self.register_buffer("errors", torch.ones(BINS, 2 * len(self.layers)))
+        self.own_states: Tensor | None = None
+        self.scales: list[Tensor] = []
+
+    def setup(self, stage: str) -> None:
+        size, expected = getattr(self.trainer.datamodule, "size", None), self._parts[1].image_size
+        if size not in (None, expected):
+            raise UserError(
+                f"data.size = {size}: the prior's images have {expected} pixels a side; set data.size to it"
+            )
+
+    def on_fit_start(self) -> None:
+        """The prior's own samples, from the run's folder where they lie there, and the layers' moments."""
+        source, prior = self._parts
+        source.to(self.device), prior.to(self.device)
+        if self.own:
+            self.own_states = self._own_states(Path(self.trainer.default_root_dir))
+        self.scales = self._scales()
+        self.began = time.process_time()
+
+    def _own_states(self, folder: Path) -> Tensor:
+        prior = self._parts[1]
+        name = stream_seed(f"{prior.fingerprint}/{self.steps}", self.own, "start")
+        file = folder / f"own-{name:016x}.safetensors"
+        if not file.is_file() and self.trainer.is_global_zero:
+            chain = Chain(prior.denoiser, step_indices(prior.denoiser.schedule, self.steps))
+            states = []
+            for first in range(0, self.own, BATCH):
+                seeds = range(first, min(first + BATCH, self.own))
+                noise = Noise(seeds, prior.denoiser.shape, self.device, torch.float32, domain="noise-aware")
+                with torch.no_grad():
+                    for state, _ in chain.run(noise):  # noqa: B007
+                        pass
+                states.append(state.x.cpu())
+                rank_zero_info(f"own samples {seeds[-1] + 1}/{self.own}")
+            folder.mkdir(parents=True, exist_ok=True)
+            part = file.with_name(file.name + ".part")
+            save_file({"x_0": torch.cat(states)}, part)
+            part.replace(file)
+        self.trainer.strategy.barrier("own samples")
+        return load_file(file)["x_0"]
+
+    def states(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """x_0 (B, *shape): of the images, the first of them replaced by own samples; half of them mirrored."""
+        x_0 = self._parts[1].encode(images)
+        count = round(self.own_share * len(images)) if self.own else 0
+        if count:
+            chosen = torch.randint(len(self.own_states), (count,), generator=generator)
+            x_0 = torch.cat([self.own_states[chosen].to(x_0), x_0[count:]])
+        mirrored = torch.rand(len(x_0), generator=generator) < 0.5
+        x_0 = torch.where(mirrored.to(x_0.device)[:, None, None, None], x_0.flip(3), x_0)
+        return x_0[torch.randperm(len(x_0), generator=generator)]
+
+    @torch.no_grad()
+    def estimates(self, x_0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """x0_hat (B, *shape) of noised x_0, and log-SNR (B,): LEVELS levels, stratified over the range."""
+        denoiser = self._parts[1].denoiser
+        schedule, log_snr = denoiser.schedule, denoiser.schedule.log_snr
+        out, levels = [], []
+        for k, part in enumerate(x_0.chunk(LEVELS)):
+            u = (k + float(torch.rand(1, generator=generator))) / LEVELS
+            t = int((log_snr - (self.low + u * (self.high - self.low))).abs().argmin())
+            eps = torch.randn(part.shape, generator=generator).to(part)
+            out.append(denoiser(float(schedule.alpha[t]) * part + float(schedule.sigma[t]) * eps, t))
+            levels.append(torch.full((len(part),), float(log_snr[t])))
+        return torch.cat(out), torch.cat(levels)
+
+    def readouts(self, encoder: Encoder, images: Tensor) -> list[Tensor]:
+        """Two a layer: all positions (B, P, C), and their means (B, 1 or 2, C), the cls token beside them."""
+        outputs, found = encoder.outputs(images, self.layers), []
+        for layer in self.layers:
+            h = outputs[layer].float()
+            everywhere = positions(h, "all", encoder)[0]
+            patches = positions(h, None, encoder)[0]
+            mean = patches.mean(1, keepdim=True)
+            if everywhere.shape[1] - patches.shape[1] > encoder.num_registers:  # the first is the cls token
+                mean = torch.cat([everywhere[:, :1], mean], 1)
+            found += [everywhere, mean]
+        return found
+
+    def errors_of(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Squared errors (B, columns) in units of the encoder's variance, and log-SNR (B,)."""
+        source, prior = self._parts
+        x_0 = self.states(images, generator)
+        x0_hat, log_snr = self.estimates(x_0, generator)
+        with torch.no_grad():
+            targets = self.readouts(source, prior.decode(x_0))
+        found = self.readouts(self.twin, prior.decode(x0_hat))
+        rows = [((f - t) / scale).square().mean((1, 2)) for f, t, scale in zip(found, targets, self.scales)]
+        return torch.stack(rows, 1), log_snr.to(images.device)
+
+    @torch.no_grad()
+    def _scales(self) -> list[Tensor]:
+        """Standard deviation (P, C) of each readout over the first MOMENTS of what is trained on."""
+        source, prior = self._parts
+        data = self.trainer.datamodule
+        stream = BatchStream(*data.train_set, data.batch_size, data.seed, shuffle=True)
+        seen = []
+        for batch in stream:
+            generator = torch.Generator().manual_seed(batch["seed"])
+            images = prior.decode(self.states(batch["image"].to(self.device), generator))
+            seen.append(self.readouts(source, images))
+            if len(seen) * len(images) >= MOMENTS:
+                break
+        spread = [torch.cat(columns).std(0) for columns in zip(*seen)]
+        return [s + 1e-3 * s.mean() + 1e-12 for s in spread]
+
+    def weights(self) -> Tensor:
+        """(columns,): the output as much as all other layers; means three times as much as positions."""
+        outputs = [layer is None for layer in self.layers]
+        share = [0.5 / sum(outputs) if o else 0.5 / (len(outputs) - sum(outputs)) for o in outputs] if 0 < sum(outputs) < len(outputs) else [1 / len(outputs)] * len(outputs)  # fmt: skip
+        return torch.tensor([w for s in share for w in (0.25 * s, 0.75 * s)])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        generator = torch.Generator().manual_seed(batch["seed"])
+        errors, log_snr = self.errors_of(batch["image"], generator)
+        bins = ((log_snr - self.low) / (self.high - self.low) * BINS).long().clamp(0, BINS - 1)
+        with torch.no_grad():
+            for b in bins.unique():
+                seen = errors[bins == b].mean(0)
+                self.errors[b].lerp_(seen, (1 - KEEP) if self.global_step > 50 else 0.2)
+        loss = ((errors / self.errors[bins]) @ self.weights().to(errors)).mean()
+        self.log("train_loss", (self.errors.log() @ self.weights().to(errors)).mean(), prog_bar=True)
+        self.log("train_error", errors[:, 1::2].mean(), batch_size=len(errors))
+        self.log("learning_rate", self.optimizers().param_groups[0]["lr"])
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """val_error: of the means, in units of the variance, all noise levels alike; val_error_output: of the output alone."""
+        generator = torch.Generator().manual_seed(batch["seed"])
+        errors, _ = self.errors_of(batch["image"], generator)
+        self.log("val_error", errors[:, 1::2].mean(), prog_bar=True, batch_size=len(errors))
+        if None in self.layers:
+            column = 2 * self.layers.index(None) + 1
+            self.log("val_error_output", errors[:, column].mean(), prog_bar=True, batch_size=len(errors))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = torch.optim.AdamW(
+            self.twin.parameters(), self.learning_rate, weight_decay=self.weight_decay
+        )
+        schedule = warm_hold_decay(optimizer, self.trainer, self.warmup, 1 - self.warmup, shape="cosine")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def export(self, folder: Path) -> Path:
+        """Writes folder/noise-aware, for --model.noise_aware."""
+        source, prior = self._parts
+        found = {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val_error")}
+        trained = {"steps": self.trainer.global_step, "layers": [x or OUTPUT for x in self.layers], "own": self.own,
+                   "own_share": self.own_share, "processor_seconds": round(time.process_time() - self.began), **found}  # fmt: skip
+        config = TwinConfig(
+            {"name": source.name, "sha256": source.fingerprint}, {"name": prior.name, "sha256": prior.fingerprint},
+            (self.low, self.high), trained,
+        )  # fmt: skip
+        return save_twin(self.twin, config, Path(folder) / "noise-aware")

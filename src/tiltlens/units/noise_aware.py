@@ -1,0 +1,108 @@
+"""Noise-aware twins: an encoder fine-tuned to read clean estimates.
+
+What guidance needs of a unit at noise level t is E[a(x_0) | x_t], and above all its gradient; a(x0_hat), the encoder on the
+clean estimate, is neither, for it was trained on sharp images and not on blurred ones. A twin has the encoder's
+architecture and other weights, trained (`tiltlens.modules.noise_aware_module`) so that every layer's output on x0_hat is
+the expected output on x_0 (the noise-aware classifier of Dhariwal and Nichol, 2021, as a regression of all units at once). It
+serves guidance alone: the activation of a sample is always the encoder's own, so that all weights stay exact.
+
+    FOLDER/config.json          whose twin it is, under which prior, and the range of log-SNR that it was trained for
+    FOLDER/model.safetensors    its weights, float16
+"""
+
+import copy
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tiltlens.units.encoder import Encoder
+from tiltlens.units.weights import fingerprint, read_weights
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TwinConfig:
+    """encoder, prior: name and sha256. log_snr: (lowest, highest) level at which the twin reads; outside the encoder itself
+    does. trained: how, and what came of it, plain numbers."""
+
+    encoder: dict[str, str]
+    prior: dict[str, str]
+    log_snr: tuple[float, float]
+    trained: dict[str, Any] = field(default_factory=dict)
+
+
+class NoiseAware(nn.Module):
+    """The twin of one encoder. sha256: of its weights."""
+
+    def __init__(self, twin: Encoder, config: TwinConfig):
+        super().__init__()
+        self.twin, self.config = twin, config
+        self.sha256 = fingerprint(twin.model.state_dict())
+
+    def at(self, log_snr: float) -> bool:
+        """Whether the twin reads at this noise level."""
+        low, high = self.config.log_snr
+        return low <= log_snr <= high
+
+
+def twin_of(encoder: Encoder) -> Encoder:
+    """A copy with weights of its own, frozen; it begins as the encoder."""
+    return copy.deepcopy(encoder).requires_grad_(False)
+
+
+def save_twin(twin: Encoder, config: TwinConfig, folder: Path) -> Path:
+    """Writes the folder; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    half = {
+        k: (v.half() if v.is_floating_point() else v).contiguous().cpu()
+        for k, v in twin.model.state_dict().items()
+    }
+    part = folder / f"{WEIGHTS}.part"
+    save_file(half, part)
+    part.replace(folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(asdict(config), indent=1) + "\n")
+    return folder
+
+
+def load_twin(folder: str | Path, encoders: Iterable[Encoder], prior_sha256: str) -> NoiseAware:
+    """The twin in a folder, of one of these encoders and under this prior. Raises FileNotFoundError where there is none,
+    ValueError for one of another encoder or prior, or with weights that do not fit."""
+    folder = Path(folder)
+    if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
+        raise FileNotFoundError(
+            f"model.noise_aware {folder}: expected a folder with {CONFIG} and {WEIGHTS}, as `train.py fit` of a "
+            "NoiseAwareModule writes to OUT/noise-aware"
+        )
+    try:
+        told = json.loads((folder / CONFIG).read_text())
+        config = TwinConfig(**told | {"log_snr": tuple(float(x) for x in told["log_snr"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"model.noise_aware {folder / CONFIG}: not that of a noise-aware twin ({error})"
+        ) from error
+    encoders = list(encoders)
+    mine = next((e for e in encoders if e.fingerprint == config.encoder["sha256"]), None)
+    if mine is None:
+        found = ", ".join(f"{e.name} ({e.fingerprint[:12]})" for e in encoders) or "none"
+        raise ValueError(
+            f"model.noise_aware {folder}: expected the encoder it was trained for, {config.encoder['name']} "
+            f"({config.encoder['sha256'][:12]}), found {found}: train one for this encoder, or leave it out"
+        )
+    if prior_sha256 != config.prior["sha256"]:
+        raise ValueError(
+            f"model.noise_aware {folder} was trained under the prior {config.prior['name']} "
+            f"({config.prior['sha256'][:12]}), this run has {prior_sha256[:12]}: train one under this prior, or leave it out"
+        )
+    twin, weights = twin_of(mine), read_weights(str(folder / WEIGHTS))
+    try:
+        twin.model.load_state_dict({k: v.to(torch.float32) if v.is_floating_point() else v for k, v in weights.items()})  # fmt: skip
+    except RuntimeError as error:
+        raise ValueError(f"model.noise_aware {folder}: of another architecture ({error})") from error
+    return NoiseAware(twin, config)

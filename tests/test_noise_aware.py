@@ -1,0 +1,158 @@
+"""Noise-aware twins serve guidance alone: they change the shift, never the sample's activation, nor strength 0."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from lightning import Trainer
+from prior_folders import ddpm, write_pixel
+from torch import nn
+
+from tiltlens.energies import Linear
+from tiltlens.errors import UserError
+from tiltlens.guidance import DPS, LGD, MPGD, Calibrated, Learned, MomentMatched
+from tiltlens.modules.image_data import ImageFolderData
+from tiltlens.modules.noise_aware_module import OUTPUT, NoiseAwareModule
+from tiltlens.modules.sampling_module import SamplingModule
+from tiltlens.priors import load_prior
+from tiltlens.sampling.plan import Row
+from tiltlens.sampling.sampler import Sampler
+from tiltlens.units import Encoder, UnitBank, build_unit, load_encoder, register_encoder
+from tiltlens.units.noise_aware import TwinConfig, load_twin, save_twin, twin_of
+
+UNITS = ["small-net,channel=1", "small-net,layer=0,channel=2"]
+GUIDANCES = [Calibrated(), Learned(shadows=32), DPS(), LGD(), MPGD(), MomentMatched()]
+WINDOW = (-3.0, 3.0)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A prior folder, an encoder of two layers, and folders of twins: `same` with its weights, `other` with random ones."""
+    folder = tmp_path_factory.mktemp("noise-aware")
+    torch.manual_seed(0)
+    write_pixel(folder / "prior", ddpm())
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 36, 3))
+    # weights that half precision holds, so that a saved twin is the encoder to the bit
+    net.load_state_dict({k: (4 * v).half().float() for k, v in net.state_dict().items()})
+    register_encoder(Encoder(net, 8, name="small-net"))
+    encoder, prior = load_encoder("small-net"), load_prior(str(folder / "prior"))
+    whose = {"name": encoder.name, "sha256": encoder.fingerprint}
+    config = TwinConfig(whose, {"name": prior.name, "sha256": prior.fingerprint}, WINDOW)
+    save_twin(encoder, config, folder / "same")
+    torch.manual_seed(1)
+    other = twin_of(encoder)
+    for p in other.model.parameters():
+        p.normal_(0, 0.3)
+    save_twin(other, config, folder / "other")
+    return folder, prior, encoder, config
+
+
+def sample(parts, guidance, twin=None, strength=2.0):
+    folder, prior, _encoder, _ = parts
+    bank = UnitBank([build_unit(u) for u in UNITS])
+    if twin:
+        bank.adopt(load_twin(folder / twin, bank.encoders, prior.fingerprint))
+    sampler = Sampler(prior, bank, Linear(), guidance, steps=6)
+    pilots = sampler.run_pilot(64, 32)
+    sampler.calibrate(pilots)
+    return sampler, sampler.sample([Row(u, strength, seed) for u in (0, 1) for seed in range(3)])
+
+
+@pytest.mark.parametrize("guidance", GUIDANCES, ids=lambda g: type(g).__name__)
+def test_a_twin_with_the_encoders_weights_changes_nothing_and_another_changes_the_shift(parts, guidance):
+    _, plain = sample(parts, guidance)
+    _, same = sample(parts, guidance, "same")
+    assert torch.equal(same.images, plain.images)
+    assert torch.equal(same.log_w, plain.log_w)
+    _, other = sample(parts, guidance, "other")
+    assert not torch.allclose(other.images, plain.images, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [Calibrated(), DPS()], ids=lambda g: type(g).__name__)
+def test_activations_are_the_encoders_own_and_strength_0_is_the_base_chain(parts, guidance):
+    sampler, found = sample(parts, guidance, "other")
+    bank = UnitBank([build_unit(u) for u in UNITS])
+    own = bank.read(found.images, torch.tensor([0, 0, 0, 1, 1, 1]))[:, 0].double()
+    torch.testing.assert_close(found.activation.double(), own, rtol=1e-5, atol=1e-5)
+    assert torch.equal(sampler.pilots[0].path[-1], sampler.pilots[0].members)
+    _, free = sample(parts, guidance, "other", 0.0)
+    _, base = sample(parts, guidance, None, 0.0)
+    assert torch.equal(free.images, base.images)
+    assert torch.equal(free.path_kl, torch.zeros_like(free.path_kl))
+
+
+def test_it_reads_within_its_levels_and_the_encoder_without(parts):
+    folder, prior, _encoder, _ = parts
+    bank, x = UnitBank([build_unit(UNITS[0])]), torch.rand(2, 3, 8, 8) * 2 - 1
+    bank.adopt(load_twin(folder / "other", bank.encoders, prior.fingerprint))
+    which = torch.zeros(2, dtype=torch.long)
+    own, twin = bank.read(x, which), bank.read(x, which, 0.0)
+    assert not torch.allclose(own, twin)
+    for level, expected in ((None, own), (-3.1, own), (-3.0, twin), (3.0, twin), (3.1, own)):
+        assert torch.equal(bank.read(x, which, level), expected)
+        assert torch.equal(bank.read_all(x, level)[:, 0], expected)
+
+
+def test_a_run_is_named_by_its_twin(parts):
+    folder = parts[0]
+    module = SamplingModule(str(folder / "prior"), UNITS[0], steps=4, noise_aware=str(folder / "other"))
+    module.load()
+    (sha256,) = module.describe()["noise_aware"].values()
+    assert len(sha256) == 64
+    plain = SamplingModule(str(folder / "prior"), UNITS[0], steps=4)
+    plain.load()
+    assert "noise_aware" not in plain.describe()
+
+
+def test_what_does_not_fit_is_refused(parts, tmp_path):
+    folder, prior, encoder, config = parts
+    with pytest.raises(FileNotFoundError, match=r"config.json and model.safetensors.*NoiseAwareModule"):
+        load_twin(tmp_path, [encoder], prior.fingerprint)
+    with pytest.raises(ValueError, match=r"trained under the prior .* train one under this prior"):
+        load_twin(folder / "same", [encoder], "0" * 64)
+    with pytest.raises(ValueError, match=r"expected the encoder it was trained for, small-net .* found none"):
+        load_twin(folder / "same", [], prior.fingerprint)
+    save_twin(Encoder(nn.Linear(2, 2), 8), config, tmp_path / "wrong")
+    with pytest.raises(ValueError, match="of another architecture"):
+        load_twin(tmp_path / "wrong", [encoder], prior.fingerprint)
+    save_twin(encoder, replace(config, log_snr=(0, 1)), tmp_path / "torn")
+    (tmp_path / "torn" / "config.json").write_text(json.dumps({"encoder": {}}))
+    with pytest.raises(ValueError, match="not that of a noise-aware twin"):
+        load_twin(tmp_path / "torn", [encoder], prior.fingerprint)
+    for wrong in ({"layers": ()}, {"own": 0}, {"own_share": 1.5}, {"log_snr": (2, 1)}):
+        with pytest.raises(UserError, match=f"model.{next(iter(wrong))}"):
+            NoiseAwareModule("small-net", prior=str(folder / "prior"), **wrong)
+    with pytest.raises(ValueError, match="unknown layer 'nope'"):
+        NoiseAwareModule("small-net", prior=str(folder / "prior"), layers=("nope",))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_training_brings_the_twin_nearer_to_what_the_encoder_says_of_the_sample(parts, tmp_path):
+    """Held out, and more than the best affine map of the plain reading could."""
+    folder, prior, encoder, _ = parts
+    module = NoiseAwareModule(
+        "small-net", prior=str(folder / "prior"), layers=(OUTPUT, "0"), log_snr=WINDOW, own=64, steps=4,
+        learning_rate=3e-3, weight_decay=0.0,
+    )  # fmt: skip
+    data = ImageFolderData("FakeData", "FakeData", size=8, batch_size=64, cache=tmp_path, val_n=64)
+    trainer = Trainer(
+        max_steps=150, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, val_check_interval=None, limit_val_batches=0,
+    )  # fmt: skip
+
+    def error():
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            return float(module.errors_of(torch.rand(256, 3, 8, 8, generator=generator) * 2 - 1, generator)[0][:, 1].mean())  # fmt: skip
+
+    before = []
+    module.on_train_start = lambda: before.append(error())
+    trainer.fit(module, data)
+    assert error() < 0.9 * before[0]
+    twin = load_twin(module.export(tmp_path), [encoder], prior.fingerprint)
+    assert twin.config.trained["steps"] == 150
+    x = torch.rand(2, 3, 8, 8)
+    found, kept = twin.twin.outputs(x, [None])[None], module.twin.outputs(x, [None])[None]
+    torch.testing.assert_close(found, kept, rtol=1e-2, atol=1e-2)  # half precision
+    assert (tmp_path / next(p.name for p in tmp_path.glob("own-*.safetensors"))).is_file()
