@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning import Trainer
 from prior_folders import ddpm, write_pixel
+from safetensors.torch import load_file
 from torch import nn
 
 from tiltlens.energies import Linear
@@ -15,6 +16,7 @@ from tiltlens.guidance import DPS, LGD, MPGD, Calibrated, Learned, MomentMatched
 from tiltlens.modules.image_data import ImageFolderData
 from tiltlens.modules.noise_aware_module import OUTPUT, NoiseAwareModule
 from tiltlens.modules.sampling_module import SamplingModule
+from tiltlens.modules.training_cli import TrainingCLI
 from tiltlens.priors import load_prior
 from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler
@@ -156,3 +158,35 @@ def test_training_brings_the_twin_nearer_to_what_the_encoder_says_of_the_sample(
     found, kept = twin.twin.outputs(x, [None])[None], module.twin.outputs(x, [None])[None]
     torch.testing.assert_close(found, kept, rtol=1e-2, atol=1e-2)  # half precision
     assert (tmp_path / next(p.name for p in tmp_path.glob("own-*.safetensors"))).is_file()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_interrupted_training_goes_on_as_if_nothing_had_been(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    folder, step = parts[0], NoiseAwareModule.training_step
+
+    def fit(out, *more):
+        return TrainingCLI([
+            "fit", f"--out={out}", "--model=tiltlens.modules.noise_aware_module.NoiseAwareModule",
+            "--model.encoder=small-net", f"--model.prior={folder / 'prior'}", "--model.own=8", "--model.steps=3",
+            "--data.train=FakeData", "--data.val=FakeData", f"--data.cache={tmp_path}", "--data.size=8",
+            "--data.batch_size=32", "--trainer.callbacks+=tiltlens.modules.ema.WarmEMA", "--trainer.accelerator=cpu",
+            "--trainer.logger=false", "--trainer.limit_val_batches=0", "--trainer.limit_train_batches=4",
+            "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=10", *more,
+        ])  # fmt: skip
+
+    def break_off(self, batch, number):
+        if self.global_step == 6:
+            raise RuntimeError("broken off")
+        return step(self, batch, number)
+
+    fit(tmp_path / "whole")
+    monkeypatch.setattr(NoiseAwareModule, "training_step", break_off)
+    with pytest.raises(RuntimeError, match="broken off"):
+        fit(tmp_path / "halved")
+    kept = torch.load(tmp_path / "halved" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert kept["global_step"] == 4
+    monkeypatch.setattr(NoiseAwareModule, "training_step", step)
+    fit(tmp_path / "halved", "--ckpt_path=last")
+    one, two = (load_file(tmp_path / x / "noise-aware" / "model.safetensors") for x in ("whole", "halved"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
