@@ -23,7 +23,7 @@ def test_it_is_small_and_holds_no_pickle():
 
 
 def test_each_has_a_card():
-    for name in ("prior", "encoder"):
+    for name in ("prior", "encoder", "sae"):
         card = (BUNDLE / name / "README.md").read_text()
         for word in ("CIFAR-10", "2026", "steps"):
             assert word in card, f"the card of the bundled {name} does not say {word!r}"

@@ -130,11 +130,12 @@ def test_what_does_not_fit_is_refused(parts, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_training_brings_the_twin_nearer_to_what_the_encoder_says_of_the_sample(parts, tmp_path):
+@pytest.mark.parametrize("what", [{"layers": (OUTPUT, "0")}, {"units": UNITS}], ids=["layers", "units"])
+def test_training_brings_the_twin_nearer_to_what_the_encoder_says_of_the_sample(what, parts, tmp_path):
     """Held out, and more than the best affine map of the plain reading could."""
     folder, prior, encoder, _ = parts
     module = NoiseAwareModule(
-        "small-net", prior=str(folder / "prior"), layers=(OUTPUT, "0"), log_snr=WINDOW, own=64, steps=4,
+        "small-net", prior=str(folder / "prior"), **what, log_snr=WINDOW, own=64, steps=4,
         learning_rate=3e-3, weight_decay=0.0,
     )  # fmt: skip
     data = ImageFolderData("FakeData", "FakeData", size=8, batch_size=64, cache=tmp_path, val_n=64)
@@ -146,7 +147,7 @@ def test_training_brings_the_twin_nearer_to_what_the_encoder_says_of_the_sample(
     def error():
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            return float(module.errors_of(torch.rand(256, 3, 8, 8, generator=generator) * 2 - 1, generator)[0][:, 1].mean())  # fmt: skip
+            return float(module.errors_of(torch.rand(256, 3, 8, 8, generator=generator) * 2 - 1, generator)[0][:, module._means].mean())  # fmt: skip
 
     before = []
     module.on_train_start = lambda: before.append(error())
@@ -190,3 +191,20 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(parts, tmp_path,
     fit(tmp_path / "halved", "--ckpt_path=last")
     one, two = (load_file(tmp_path / x / "noise-aware" / "model.safetensors") for x in ("whole", "halved"))
     assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_twin_of_some_units_reads_these_and_no_others(parts, tmp_path):
+    folder, prior, encoder, config = parts
+    module = NoiseAwareModule("small-net", prior=str(folder / "prior"), units=[UNITS[1]], own=0, own_share=0)
+    x = torch.rand(4, 3, 8, 8) * 2 - 1
+    (column,) = module.readouts(encoder, x)
+    bank = UnitBank([build_unit(UNITS[1])])
+    torch.testing.assert_close(column[:, 0], bank.read(x, torch.zeros(4, dtype=torch.long)))
+    save_twin(encoder, replace(config, units=[bank.units[0].name]), tmp_path)
+    bank.adopt(load_twin(tmp_path, [encoder], prior.fingerprint))
+    with pytest.raises(
+        ValueError, match=r"was trained for small-net,layer=0,channel=2 alone, found small-net,channel=1"
+    ):
+        UnitBank([build_unit(u) for u in UNITS]).adopt(load_twin(tmp_path, [encoder], prior.fingerprint))
+    with pytest.raises(UserError, match="is not of the encoder small-net"):
+        NoiseAwareModule("small-net", prior=str(folder / "prior"), units=["bundled,class=horse"])

@@ -26,6 +26,7 @@ from tiltlens.priors import load_prior
 from tiltlens.sampling.chain import Chain
 from tiltlens.sampling.noise import Noise, stream_seed
 from tiltlens.schedule import step_indices
+from tiltlens.units import build_unit
 from tiltlens.units.encoder import Encoder
 from tiltlens.units.noise_aware import TwinConfig, save_twin, twin_of
 from tiltlens.units.readout import positions
@@ -42,8 +43,8 @@ MOMENTS = 512  # images for means and standard deviations
 class NoiseAwareModule(LightningModule):
     """A twin of `encoder` under `prior`, trained on {image (B, 3, H, W) in [-1, 1]}.
 
-    encoder, weights: as in a unit's address. prior: any that `load_prior` reads; precision: of its network. layers: whose
-    outputs are learned, module paths, "output" for the encoder's own, which counts as much as all others together. log_snr: the range of
+    encoder, weights: as in a unit's address. prior: any that `load_prior` reads; precision: of its network. units: addresses of
+    the encoder's units that it is to read, and them alone; null for all, layer by layer. layers: whose outputs are learned then, module paths, "output" for the encoder's own, which counts as much as all others together. log_snr: the range of
     noise levels. own: so many samples of the prior are drawn first, by a chain of `steps`, and make up the share own_share
     of each batch. fused_attention: False where the fused kernel is the slow one (bf16 on a CPU). Raises UserError or
     ValueError for what encoder and prior have not, and for numbers that are no share, range or learning rate.
@@ -55,6 +56,7 @@ class NoiseAwareModule(LightningModule):
         weights: str | None = None,
         prior: str = "bundled",
         precision: str = "float32",
+        units: list[str] | None = None,
         layers: tuple[str, ...] = (OUTPUT,),
         log_snr: tuple[float, float] = (-6.0, 6.0),
         own: int = 2048,
@@ -76,6 +78,15 @@ class NoiseAwareModule(LightningModule):
         if not log_snr[0] < log_snr[1]:
             raise UserError(f"model.log_snr = {log_snr}: expected (lowest, highest)")
         source, self.layers = load_encoder(encoder, weights), [None if x == OUTPUT else x for x in layers]
+        members = {m.name: m for u in units or () for m in build_unit(u).load().members}
+        for name, member in members.items():
+            if member.encoder is not source:
+                raise UserError(
+                    f"model.units: {name} is not of the encoder {source.name}: a twin is of one encoder, model.encoder"
+                )
+        self.units = list(members.values())
+        if self.units:
+            self.layers = list(dict.fromkeys(m.address.layer for m in self.units))
         for layer in self.layers:
             source.require_layer(layer)
         self.twin = twin_of(source).requires_grad_(True)
@@ -90,7 +101,7 @@ class NoiseAwareModule(LightningModule):
         self.low, self.high = (float(x) for x in log_snr)
         self.own, self.own_share, self.steps = own, own_share, steps
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
-        self.register_buffer("errors", torch.ones(BINS, 2 * len(self.layers)))
+        self.register_buffer("errors", torch.ones(BINS, len(self.weights())))
         self.own_states: Tensor | None = None
         self.scales: list[Tensor] = []
 
@@ -158,8 +169,11 @@ class NoiseAwareModule(LightningModule):
         return torch.cat(out), torch.cat(levels)
 
     def readouts(self, encoder: Encoder, images: Tensor) -> list[Tensor]:
-        """Two a layer: all positions (B, P, C), and their means (B, 1 or 2, C), the cls token beside them."""
+        """Of units (B, 1, 1) each. Else two a layer: all positions (B, P, C), and their means (B, 1 or 2, C), the cls token
+        beside them."""
         outputs, found = encoder.outputs(images, self.layers), []
+        if self.units:
+            return [m.read(outputs[m.address.layer])[:, None, None] for m in self.units]
         for layer in self.layers:
             h = outputs[layer].float()
             everywhere = positions(h, "all", encoder)[0]
@@ -198,10 +212,17 @@ class NoiseAwareModule(LightningModule):
         return [s + 1e-3 * s.mean() + 1e-12 for s in spread]
 
     def weights(self) -> Tensor:
-        """(columns,): the output as much as all other layers; means three times as much as positions."""
+        """(columns,): units alike; the output as much as all other layers, means three times as much as positions."""
+        if self.units:
+            return torch.full((len(self.units),), 1 / len(self.units))
         outputs = [layer is None for layer in self.layers]
         share = [0.5 / sum(outputs) if o else 0.5 / (len(outputs) - sum(outputs)) for o in outputs] if 0 < sum(outputs) < len(outputs) else [1 / len(outputs)] * len(outputs)  # fmt: skip
         return torch.tensor([w for s in share for w in (0.25 * s, 0.75 * s)])
+
+    @property
+    def _means(self) -> slice:
+        """The columns that units read."""
+        return slice(None) if self.units else slice(1, None, 2)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(batch["seed"])
@@ -213,16 +234,16 @@ class NoiseAwareModule(LightningModule):
                 self.errors[b].lerp_(seen, (1 - KEEP) if self.global_step > 50 else 0.2)
         loss = ((errors / self.errors[bins]) @ self.weights().to(errors)).mean()
         self.log("train_loss", (self.errors.log() @ self.weights().to(errors)).mean(), prog_bar=True)
-        self.log("train_error", errors[:, 1::2].mean(), batch_size=len(errors))
+        self.log("train_error", errors[:, self._means].mean(), batch_size=len(errors))
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"])
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """val_error: of the means, in units of the variance, all noise levels alike; val_error_output: of the output alone."""
+        """val_error: of units or means, in units of the variance, all noise levels alike; val_error_output: of the output."""
         generator = torch.Generator().manual_seed(batch["seed"])
         errors, _ = self.errors_of(batch["image"], generator)
-        self.log("val_error", errors[:, 1::2].mean(), prog_bar=True, batch_size=len(errors))
-        if None in self.layers:
+        self.log("val_error", errors[:, self._means].mean(), prog_bar=True, batch_size=len(errors))
+        if None in self.layers and not self.units:
             column = 2 * self.layers.index(None) + 1
             self.log("val_error_output", errors[:, column].mean(), prog_bar=True, batch_size=len(errors))
 
@@ -241,6 +262,6 @@ class NoiseAwareModule(LightningModule):
                    "own_share": self.own_share, "processor_seconds": round(time.process_time() - self.began), **found}  # fmt: skip
         config = TwinConfig(
             {"name": source.name, "sha256": source.fingerprint}, {"name": prior.name, "sha256": prior.fingerprint},
-            (self.low, self.high), trained,
+            (self.low, self.high), [m.name for m in self.units] or None, trained,
         )  # fmt: skip
         return save_twin(self.twin, config, Path(folder) / "noise-aware")

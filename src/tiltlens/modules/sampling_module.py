@@ -37,7 +37,7 @@ class SamplingModule(LightningModule):
     steps, log-snr or index. clip: clamp clean estimates to [-1, 1] in base and guided law. pilot: unguided trajectories
     for calibration, 0 for none. natural: an image folder that says what is natural, in place of the pilot's samples.
     precision: of the prior's network, float32 or bfloat16. prompt: for text-conditional priors. noise_aware: a folder of
-    `NoiseAwareModule`, or several, of twins that read the clean estimates for the guidance.
+    `NoiseAwareModule`, or several, of twins that read clean estimates for the guidance.
     """
 
     def __init__(

@@ -33,11 +33,23 @@ class UnitBank(nn.Module):
         self.twins = nn.ModuleDict()  # by the encoder's sha256
 
     def adopt(self, twin: NoiseAware) -> None:
-        """Read clean estimates of its encoder's units by this twin. Raises ValueError where the bank has no such encoder."""
+        """Read clean estimates of its encoder's units by this twin. Raises ValueError where the bank has no such encoder, or
+        units of it that the twin was not trained for."""
         sha256 = twin.config.encoder["sha256"]
         if sha256 not in [e.fingerprint for e in self.encoders]:
             raise ValueError(
                 f"no unit of {', '.join(u.name for u in self.units)} is of the encoder {twin.config.encoder['name']}"
+            )
+        mine = [
+            m.name
+            for ms in self._members
+            for m in ms
+            if m.encoder is not None and m.encoder.fingerprint == sha256
+        ]
+        if twin.config.units is not None and (strange := [n for n in mine if n not in twin.config.units]):
+            raise ValueError(
+                f"the noise-aware twin of {twin.config.encoder['name']} was trained for {', '.join(twin.config.units)} alone, "
+                f"found {', '.join(strange)}: train one for it, or leave it out"
             )
         self.twins[sha256] = twin
 

@@ -30,11 +30,12 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 @dataclass(frozen=True)
 class TwinConfig:
     """encoder, prior: name and sha256. log_snr: (lowest, highest) level at which the twin reads; outside the encoder itself
-    does. trained: how, and what came of it, plain numbers."""
+    does. units: the addresses that it was trained for, None for all. trained: how, and what came of it, plain numbers."""
 
     encoder: dict[str, str]
     prior: dict[str, str]
     log_snr: tuple[float, float]
+    units: list[str] | None = None
     trained: dict[str, Any] = field(default_factory=dict)
 
 
