@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused(parts, tmp_path):
     (tmp_path / "torn" / "config.json").write_text(json.dumps({"encoder": {}}))
     with pytest.raises(ValueError, match="not that of a noise-aware twin"):
         load_twin(tmp_path / "torn", [encoder], prior.fingerprint)
-    for wrong in ({"layers": ()}, {"own": 0}, {"own_share": 1.5}, {"log_snr": (2, 1)}):
+    for wrong in ({"layers": ()}, {"until": -7.0}, {"own": 0}, {"own_share": 1.5}, {"log_snr": (2, 1)}):
         with pytest.raises(UserError, match=f"model.{next(iter(wrong))}"):
             NoiseAwareModule("small-net", prior=str(folder / "prior"), **wrong)
     with pytest.raises(ValueError, match="unknown layer 'nope'"):

@@ -43,9 +43,11 @@ MOMENTS = 512  # images for means and standard deviations
 class NoiseAwareModule(LightningModule):
     """A twin of `encoder` under `prior`, trained on {image (B, 3, H, W) in [-1, 1]}.
 
-    encoder, weights: as in a unit's address. prior: any that `load_prior` reads; precision: of its network. units: addresses of
-    the encoder's units that it is to read, and them alone; null for all, layer by layer. layers: whose outputs are learned then, module paths, "output" for the encoder's own, which counts as much as all others together. log_snr: the range of
-    noise levels. own: so many samples of the prior are drawn first, by a chain of `steps`, and make up the share own_share
+    encoder, weights: as in a unit's address. prior: any that `load_prior` reads; precision: of its network. units:
+    addresses of the encoder's units that it is to read, and them alone; null for all, layer by layer. layers: whose
+    outputs are learned then, module paths, "output" for the encoder's own, which counts as much as all others together.
+    log_snr: the range of noise levels; until: the highest at which the twin is used, for sharper estimates are the
+    encoder's own. own: so many samples of the prior are drawn first, by a chain of `steps`, and make up the share own_share
     of each batch. fused_attention: False where the fused kernel is the slow one (bf16 on a CPU). Raises UserError or
     ValueError for what encoder and prior have not, and for numbers that are no share, range or learning rate.
     """
@@ -59,6 +61,7 @@ class NoiseAwareModule(LightningModule):
         units: list[str] | None = None,
         layers: tuple[str, ...] = (OUTPUT,),
         log_snr: tuple[float, float] = (-6.0, 6.0),
+        until: float | None = None,
         own: int = 2048,
         own_share: float = 0.5,
         steps: int = 40,
@@ -77,6 +80,10 @@ class NoiseAwareModule(LightningModule):
             )
         if not log_snr[0] < log_snr[1]:
             raise UserError(f"model.log_snr = {log_snr}: expected (lowest, highest)")
+        if until is not None and not log_snr[0] < until:
+            raise UserError(
+                f"model.until = {until}: expected a level above {log_snr[0]}, the lowest of model.log_snr"
+            )
         source, self.layers = load_encoder(encoder, weights), [None if x == OUTPUT else x for x in layers]
         members = {m.name: m for u in units or () for m in build_unit(u).load().members}
         for name, member in members.items():
@@ -99,6 +106,7 @@ class NoiseAwareModule(LightningModule):
         # In a tuple: they are neither trained nor kept in checkpoints.
         self._parts = (source, loaded)
         self.low, self.high = (float(x) for x in log_snr)
+        self.until = self.high if until is None else min(float(until), self.high)
         self.own, self.own_share, self.steps = own, own_share, steps
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.register_buffer("errors", torch.ones(BINS, len(self.weights())))
@@ -215,9 +223,10 @@ class NoiseAwareModule(LightningModule):
         """(columns,): units alike; the output as much as all other layers, means three times as much as positions."""
         if self.units:
             return torch.full((len(self.units),), 1 / len(self.units))
-        outputs = [layer is None for layer in self.layers]
-        share = [0.5 / sum(outputs) if o else 0.5 / (len(outputs) - sum(outputs)) for o in outputs] if 0 < sum(outputs) < len(outputs) else [1 / len(outputs)] * len(outputs)  # fmt: skip
-        return torch.tensor([w for s in share for w in (0.25 * s, 0.75 * s)])
+        output = torch.tensor([float(layer is None) for layer in self.layers])
+        groups = [g / g.sum() for g in (output, 1 - output) if g.sum()]
+        share = sum(groups) / len(groups)
+        return (share[:, None] * torch.tensor([0.25, 0.75])).flatten()
 
     @property
     def _means(self) -> slice:
@@ -262,6 +271,6 @@ class NoiseAwareModule(LightningModule):
                    "own_share": self.own_share, "processor_seconds": round(time.process_time() - self.began), **found}  # fmt: skip
         config = TwinConfig(
             {"name": source.name, "sha256": source.fingerprint}, {"name": prior.name, "sha256": prior.fingerprint},
-            (self.low, self.high), [m.name for m in self.units] or None, trained,
+            (self.low, self.until), [m.name for m in self.units] or None, trained,
         )  # fmt: skip
         return save_twin(self.twin, config, Path(folder) / "noise-aware")
