@@ -208,3 +208,14 @@ def test_a_twin_of_some_units_reads_these_and_no_others(parts, tmp_path):
         UnitBank([build_unit(u) for u in UNITS]).adopt(load_twin(tmp_path, [encoder], prior.fingerprint))
     with pytest.raises(UserError, match="is not of the encoder small-net"):
         NoiseAwareModule("small-net", prior=str(folder / "prior"), units=["bundled,class=horse"])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_validate_alone_says_how_far_the_encoder_itself_is(parts, tmp_path):
+    module = NoiseAwareModule("small-net", prior=str(parts[0] / "prior"), own=8, steps=3, log_snr=WINDOW)
+    data = ImageFolderData("FakeData", "FakeData", size=8, batch_size=32, cache=tmp_path, val_n=32)
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path
+    )  # fmt: skip
+    (found,) = trainer.validate(module, data, verbose=False)
+    assert 0 < found["val_error_output"] < float("inf")

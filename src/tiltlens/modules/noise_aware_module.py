@@ -24,7 +24,8 @@ from tiltlens.modules.image_data import Batch, BatchStream
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
 from tiltlens.priors import load_prior
 from tiltlens.sampling.chain import Chain
-from tiltlens.sampling.noise import Noise, stream_seed
+from tiltlens.sampling.noise import stream_seed
+from tiltlens.sampling.warm_start import unguided
 from tiltlens.schedule import step_indices
 from tiltlens.units import build_unit
 from tiltlens.units.encoder import Encoder
@@ -36,7 +37,6 @@ OUTPUT = "output"  # the encoder's own output, in `layers`
 LEVELS = 4  # noise levels a batch
 BINS = 12  # of log-SNR, for the running errors
 KEEP = 0.98  # of a running error, a step
-BATCH = 64  # own samples drawn at once
 MOMENTS = 512  # images for means and standard deviations
 
 
@@ -121,13 +121,20 @@ class NoiseAwareModule(LightningModule):
             )
 
     def on_fit_start(self) -> None:
+        self.began = time.process_time()
+        self._prepare()
+
+    def on_validation_start(self) -> None:
+        if not self.scales:  # validate alone
+            self._prepare()
+
+    def _prepare(self) -> None:
         """The prior's own samples, from the run's folder where they lie there, and the layers' moments."""
         source, prior = self._parts
         source.to(self.device), prior.to(self.device)
         if self.own:
             self.own_states = self._own_states(Path(self.trainer.default_root_dir))
         self.scales = self._scales()
-        self.began = time.process_time()
 
     def _own_states(self, folder: Path) -> Tensor:
         prior = self._parts[1]
@@ -136,14 +143,9 @@ class NoiseAwareModule(LightningModule):
         if not file.is_file() and self.trainer.is_global_zero:
             chain = Chain(prior.denoiser, step_indices(prior.denoiser.schedule, self.steps))
             states = []
-            for first in range(0, self.own, BATCH):
-                seeds = range(first, min(first + BATCH, self.own))
-                noise = Noise(seeds, prior.denoiser.shape, self.device, torch.float32, domain="noise-aware")
-                with torch.no_grad():
-                    for state, _ in chain.run(noise):  # noqa: B007
-                        pass
-                states.append(state.x.cpu())
-                rank_zero_info(f"own samples {seeds[-1] + 1}/{self.own}")
+            for x_0 in unguided(chain, self.own, "noise-aware", self.device, torch.float32):
+                states.append(x_0.cpu())
+                rank_zero_info(f"own samples {sum(map(len, states))}/{self.own}")
             folder.mkdir(parents=True, exist_ok=True)
             part = file.with_name(file.name + ".part")
             save_file({"x_0": torch.cat(states)}, part)

@@ -9,7 +9,7 @@ that local gradients never see. It is used at high noise alone, where the scene 
 the largest s' <= s at which the weights still stand for enough samples. Adjoint matching does the rest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,17 +50,26 @@ def run_pool(
 ) -> Pool:  # fmt: skip
     """The unguided samples of a pilot of this size, of the same seeds and noise."""
     x_0, members = [], []
+    for x in unguided(chain, size, "pilot", device, dtype):
+        x_0.append(x.cpu())
+        members.append(bank.read_all(decode(x)).double().cpu())
+        if progress:
+            progress(sum(map(len, x_0)), size)
+    return Pool(torch.cat(x_0), torch.cat(members))
+
+
+@torch.no_grad()
+def unguided(
+    chain: Chain, size: int, domain: str, device: torch.device | str, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Samples x_0 (B, *shape) of the chain, batch by batch; seeds 0..size-1 of a noise domain."""
     for first in range(0, size, BATCH):
         noise = Noise(
-            range(first, min(first + BATCH, size)), chain.denoiser.shape, device, dtype, domain="pilot"
+            range(first, min(first + BATCH, size)), chain.denoiser.shape, device, dtype, domain=domain
         )
         for state, _ in chain.run(noise):  # noqa: B007
             pass
-        x_0.append(state.x.cpu())
-        members.append(bank.read_all(decode(state.x)).double().cpu())
-        if progress:
-            progress(min(first + BATCH, size), size)
-    return Pool(torch.cat(x_0), torch.cat(members))
+        yield state.x
 
 
 def trusted_weights(energy: Tensor, strength: float, least_ess: float) -> tuple[Tensor, float]:

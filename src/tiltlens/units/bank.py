@@ -67,8 +67,8 @@ class UnitBank(nn.Module):
         """Activations of the members of units[which[i]] on row i.
 
         images: (B, 3, H, W) in [-1, 1], or vectors (B, d) for projections. which: (B,) integers. log_snr: of
-        clean estimates, which a twin may read; None for samples. Returns (B, K) float32 or better, raw (not standardised), zero where a unit has fewer members. Differentiable; row
-        i depends on image i alone.
+        clean estimates, which a twin may read; None for samples. Returns (B, K) float32 or better, raw (not
+        standardised), zero where a unit has fewer members. Differentiable; row i depends on image i alone.
         """
         places: dict[Unit, list[tuple[int, int]]] = {}  # member -> the (row, column)s it fills
         for row, u in enumerate(which.tolist()):
