@@ -7,7 +7,8 @@ one standard deviation of the prior, or by each --shift (found beforehand, on se
 in standard deviations of the prior. path KL: what the guided chain spent, in nats; kl_lower: the least that any
 law with this mean activation spends; their ratio is the KL efficiency. objective: path KL - s shift; no guidance
 gets below -log Z(s). All rows of a unit share one pool of unguided samples (its mean, its standard deviation and
-log Z(l) of the bound), and all guidances share their seeds and twins. p is the law of this chain at strength 0. The twist
+log Z(l) of the bound; --bound draws more of them for these three, for 256 cannot tell log Z at a shift of two), and all
+guidances share their seeds and twins. p is the law of this chain at strength 0. The twist
 of Calibrated sees no more than sample.py gives it: the first --pilot trajectories of the pool. Learned learns on all of it.
 Rows called noise-aware read clean estimates by the twin of --noise-aware (a folder of NoiseAwareModule), the others never do.
 
@@ -26,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from tiltlens.energies import Linear
 from tiltlens.estimates.bounds import least_kl, mean
@@ -37,6 +39,7 @@ from tiltlens.priors import load_prior
 from tiltlens.sampling.pilot import UnitPilot
 from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler
+from tiltlens.sampling.warm_start import run_pool
 from tiltlens.units import UnitBank, build_unit
 from tiltlens.units.noise_aware import WEIGHTS, load_twin
 
@@ -147,6 +150,13 @@ class Bench:
             ]
             tell(f"pool of {asked.pool}: {time.perf_counter() - start:.0f} s", end="\n")
         self.members = [p.members for p in pilots]
+        if asked.bound > asked.pool:  # the pool's own seeds, and more
+            drawn = run_pool(
+                self._sampler(DPS()).chain, self.bank, self.prior.decode, asked.bound, "cpu", torch.float32,
+                lambda k, n: tell(f"for the bound {k}/{n}"),
+            )  # fmt: skip
+            self.members = [drawn.members[:, k, : u.size] for k, u in enumerate(self.bank.units)]
+            tell(f"{asked.bound} for the bound: {time.perf_counter() - start:.0f} s", end="\n")
         sampler = self.calibrated(DPS())
         naturals = sampler.constraint.naturals
         self.pool = [unguided((u.combine((m - n.member_mean) / n.member_std) - n.mean) / n.std)
@@ -154,7 +164,7 @@ class Bench:
         self.trust = [trusted_log_z([pool], TOP) for pool in self.pool]
         rng = np.random.default_rng(0)
         self.counts = resample(rng, asked.samples)
-        self.pool_counts = resample(rng, asked.pool)
+        self.pool_counts = resample(rng, len(self.members[0]))
         self.free: dict[
             tuple[int, int], dict[str, np.ndarray]
         ] = {}  # (unit, first seed) -> the unguided twins
@@ -371,6 +381,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=64, help="of a row")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--pool", type=int, default=256, help="unguided samples")
+    parser.add_argument(
+        "--bound", type=int, default=0, help="unguided samples for kl_lower; those of the pool unless more"
+    )
     parser.add_argument("--pilot", type=int, default=64, help="of the pool, for the slopes of Calibrated")
     parser.add_argument("--tuning", type=int, default=16, help="samples of a tuning run")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -427,7 +440,7 @@ def main() -> None:
     minutes = (time.perf_counter() - start + spent) / 60
     print(
         f"prior {asked.prior}, {asked.precision}; {asked.steps} steps, eta 1, uniform in log-SNR; {asked.samples} samples a "
-        f"row; pool of {asked.pool}, slopes from {asked.pilot}; {minutes:.1f} minutes"
+        f"row; pool of {asked.pool}, slopes from {asked.pilot}, kl_lower from {max(asked.bound, asked.pool)}; {minutes:.1f} minutes"
         + (" (--quick: the figures mean nothing)" if asked.quick else "")
     )
     print_rows(wanted)
@@ -448,7 +461,7 @@ def settings_of(asked: argparse.Namespace) -> dict:
         told["noise_aware_sha256"] = hashlib.sha256(
             (Path(asked.noise_aware) / WEIGHTS).read_bytes()
         ).hexdigest()
-    return {k: v for k, v in vars(asked).items() if k not in free} | told
+    return {k: v for k, v in vars(asked).items() if k not in free and (k != "bound" or v)} | told
 
 
 def fingerprints(asked: argparse.Namespace) -> dict[str, str]:

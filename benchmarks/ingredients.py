@@ -1,6 +1,6 @@
 """What each ingredient of guidance brings: KL efficiency in linear response, all rows from the same trajectories.
 
-    python benchmarks/ingredients.py [--out figures.json] [--units ADDRESS ...] [--pilot 256] [--shadows 128] [--quick]
+    python benchmarks/ingredients.py [--out figures.json] [--units ADDRESS ...] [--pilot 256] [--shadows 128] [--noise-aware DIR] [--quick]
 
 A pilot of unguided trajectories is run once, and some of them again, as shadows: the shifts that every guidance would make are
 held against the noise of each step without being applied (src/tiltlens/guidance/learning.py). No guided sample is drawn. efficiency: KL
@@ -8,14 +8,15 @@ efficiency at a small shift, 1 for the tilt itself; gap: what is left of the opt
 strength as it is, 1 for no guidance at all and more for one that over-tilts. The learned rows are judged on trajectories
 that they were not fitted to. +- is one standard error, over trajectories; rows share them, so that their differences
 are known better than that. passes: forwards and vector-Jacobian products of the denoiser and of the encoder, a sample and step, mean
-over the chain (an unguided step is one). The table goes to stdout, progress to stderr.
+over the chain (an unguided step is one). With --noise-aware all but the redraws once more, the clean estimates read by
+the twin in this folder, from the same noise. The table goes to stdout, progress to stderr.
 """
 
 import argparse
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from tiltlens.sampling.pilot import arguments
 from tiltlens.sampling.sampler import Sampler
 from tiltlens.sampling.shadow import cast, heads_of
 from tiltlens.units import UnitBank, build_unit
+from tiltlens.units.noise_aware import load_twin
 
 UNITS = [
     "bundled,class=horse",
@@ -45,6 +47,8 @@ ROWS = (
     "+ learned multipliers",
     "+ learned twist",
 )
+AWARE = "noise-aware: "
+AGAIN = [r for r in ROWS if r not in ("DPS", "+ redraws")]  # with a twin
 
 
 @dataclass
@@ -62,16 +66,18 @@ class Figure:
 
 
 class Bench:
-    """One prior, one chain, one pilot."""
+    """One prior, one chain, one pilot. twin: a folder; clean estimates are read by it, and there are no redraws."""
 
-    def __init__(self, asked: argparse.Namespace):
-        self.asked = asked
-        self.guidance = Learned(smoothing=1, redraws=asked.redraws, shadows=asked.shadows)
+    def __init__(self, asked: argparse.Namespace, twin: str | None = None):
+        self.asked, self.redraws = asked, 0 if twin else asked.redraws
+        self.guidance = Learned(smoothing=1, redraws=self.redraws, shadows=asked.shadows)
         prior, bank = (
             load_prior(asked.prior, precision=asked.precision),
             UnitBank([build_unit(u) for u in asked.units]),
         )
         bank.validate(prior.image_size)
+        if twin:
+            bank.adopt(load_twin(twin, bank.encoders, prior.fingerprint))
         self.sampler = Sampler(prior, bank, Linear(), self.guidance, asked.steps, device=asked.device)
         start = time.perf_counter()
         self.pilots = self.sampler.run_pilot(
@@ -107,7 +113,7 @@ class Bench:
         return self._figures(name, unit, seen, float(a[torch.isfinite(a)].var()))
 
     def _figures(self, name: str, unit: int, seen: Shadows, variance: float) -> list[Figure]:
-        steps, k = len(seen.d), self.asked.redraws
+        steps, k = len(seen.d), self.redraws
         slope, intercept = (x[unit, :steps].double() for x in (self.tables.slope, self.tables.intercept))
         residual = seen.a - intercept[:, None] - slope[:, None] * seen.u
         one, read = torch.ones(steps).double(), slope != 0
@@ -154,7 +160,7 @@ def show(figures: list[Figure]) -> None:
         print(
             f"\nMean over {len(units)} units\n\n| ingredients | efficiency | gap | passes a step |\n|---|---|---|---|"
         )
-        for name in ROWS:
+        for name in dict.fromkeys(f.name for f in figures):
             mine = [f for f in figures if f.name == name]
             pair = lambda x, se, mine=mine: (  # noqa: E731
                 np.mean([getattr(f, x) for f in mine]),
@@ -177,6 +183,7 @@ def arguments_of_command() -> argparse.Namespace:
     parser.add_argument("--pilot", type=int, default=256, help="unguided trajectories")
     parser.add_argument("--shadows", type=int, default=128, help="of these, run again")
     parser.add_argument("--redraws", type=int, default=4)
+    parser.add_argument("--noise-aware", help="the folder of a twin that reads clean estimates")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--quick", action="store_true", help="does it run: one unit, a few steps")
@@ -193,6 +200,12 @@ def main() -> None:
     asked, start = arguments_of_command(), time.perf_counter()
     bench = Bench(asked)
     figures = [f for unit in range(len(asked.units)) for f in bench.rows(unit)]
+    if asked.noise_aware:
+        again = Bench(asked, asked.noise_aware)
+        for unit in range(len(asked.units)):
+            figures += [replace(f, name=AWARE + f.name) for f in again.rows(unit) if f.name in AGAIN]
+        names = [u.name for u in bench.sampler.bank.units]
+        figures.sort(key=lambda f: names.index(f.unit))
     seconds, prior = time.perf_counter() - start, bench.sampler.prior
     print(
         f"prior {prior.name} ({prior.fingerprint[:12]}), {asked.precision}; {asked.steps} steps, eta 1, uniform in log-SNR; "

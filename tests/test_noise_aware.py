@@ -38,6 +38,8 @@ def parts(tmp_path_factory):
     # weights that half precision holds, so that a saved twin is the encoder to the bit
     net.load_state_dict({k: (4 * v).half().float() for k, v in net.state_dict().items()})
     register_encoder(Encoder(net, 8, name="small-net"))
+    student = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.Tanh(), nn.Conv2d(8, 8, 3))
+    register_encoder(Encoder(student, 8, name="small-student"))
     encoder, prior = load_encoder("small-net"), load_prior(str(folder / "prior"))
     whose = {"name": encoder.name, "sha256": encoder.fingerprint}
     config = TwinConfig(whose, {"name": prior.name, "sha256": prior.fingerprint}, WINDOW)
@@ -130,7 +132,15 @@ def test_what_does_not_fit_is_refused(parts, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("what", [{"layers": (OUTPUT, "0")}, {"units": UNITS}], ids=["layers", "units"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"layers": (OUTPUT, "0")},
+        {"units": UNITS},
+        {"units": UNITS, "network": "small-student", "layers": ("0", "2")},
+    ],
+    ids=["layers", "units", "another network"],
+)
 def test_training_brings_the_twin_nearer_to_what_the_encoder_says_of_the_sample(what, parts, tmp_path):
     """Held out, and more than the best affine map of the plain reading could."""
     folder, prior, encoder, _ = parts
@@ -155,8 +165,10 @@ def test_training_brings_the_twin_nearer_to_what_the_encoder_says_of_the_sample(
     assert error() < 0.9 * before[0]
     twin = load_twin(module.export(tmp_path), [encoder], prior.fingerprint)
     assert twin.config.trained["steps"] == 150
-    x = torch.rand(2, 3, 8, 8)
-    found, kept = twin.twin.outputs(x, [None])[None], module.twin.outputs(x, [None])[None]
+    x, level = torch.rand(2, 3, 8, 8), torch.zeros(2)
+    found, kept = (
+        t(x, level) if "units" in what else t.outputs(x, [None])[None] for t in (twin.twin, module.twin)
+    )
     torch.testing.assert_close(found, kept, rtol=1e-2, atol=1e-2)  # half precision
     assert (tmp_path / next(p.name for p in tmp_path.glob("own-*.safetensors"))).is_file()
 
@@ -194,20 +206,39 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(parts, tmp_path,
 
 
 def test_a_twin_of_some_units_reads_these_and_no_others(parts, tmp_path):
+    """And begins as the encoder, at every noise level; its image of a unit is the row's alone."""
     folder, prior, encoder, config = parts
     module = NoiseAwareModule("small-net", prior=str(folder / "prior"), units=[UNITS[1]], own=0, own_share=0)
-    x = torch.rand(4, 3, 8, 8) * 2 - 1
-    (column,) = module.readouts(encoder, x)
+    x, which = torch.rand(4, 3, 8, 8) * 2 - 1, torch.zeros(4, dtype=torch.long)
+    module.twin.mean.fill_(0.7), module.twin.std.fill_(1e6)  # beyond half precision
+    save_twin(module.twin, replace(config, units=[UNITS[1]]), tmp_path)
     bank = UnitBank([build_unit(UNITS[1])])
-    torch.testing.assert_close(column[:, 0], bank.read(x, torch.zeros(4, dtype=torch.long)))
-    save_twin(encoder, replace(config, units=[bank.units[0].name]), tmp_path)
+    own = bank.read(x, which)
     bank.adopt(load_twin(tmp_path, [encoder], prior.fingerprint))
+    for level in (-2.0, 0.0, 3.0):
+        torch.testing.assert_close(bank.read(x, which, level), own, rtol=1e-5, atol=1e-4)
+        assert torch.equal(bank.read(x, which, level)[2:3], bank.read(x[2:3], which[:1], level))
     with pytest.raises(
         ValueError, match=r"was trained for small-net,layer=0,channel=2 alone, found small-net,channel=1"
     ):
         UnitBank([build_unit(u) for u in UNITS]).adopt(load_twin(tmp_path, [encoder], prior.fingerprint))
-    with pytest.raises(UserError, match="is not of the encoder small-net"):
-        NoiseAwareModule("small-net", prior=str(folder / "prior"), units=["bundled,class=horse"])
+    for wrong, why in (
+        ({"units": ["bundled,class=horse"]}, "not of the encoder small-net"),
+        ({"network": "small-student"}, "expected model.units"),
+        ({"units": UNITS, "network": "small-student", "layers": ("nope",)}, "unknown layer 'nope'"),
+    ):
+        with pytest.raises(UserError, match=why):
+            NoiseAwareModule("small-net", prior=str(folder / "prior"), **wrong)
+
+
+def test_the_level_reaches_a_reader_by_its_tile_and_its_gain(parts):
+    module = NoiseAwareModule("small-net", prior=str(parts[0] / "prior"), units=UNITS, own=0, own_share=0)
+    reader, x = module.twin, torch.rand(3, 3, 7, 9)
+    assert torch.equal(reader(x, torch.full((3,), -1.0)), reader(x, torch.full((3,), 2.0)))
+    torch.nn.init.normal_(reader.level[-1].weight, 0, 0.1)
+    low, mixed = reader(x, torch.full((3,), -1.0)), reader(x, torch.tensor([-1.0, 2.0, -1.0]))
+    torch.testing.assert_close(mixed[::2], low[::2])
+    assert not torch.allclose(mixed[1], low[1], atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -68,9 +68,10 @@ def test_encoder(tmp_path, monkeypatch):
     assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
-def test_noise_aware_twin(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["noise-aware", "noise-aware-units"])
+def test_noise_aware_twin(name, tmp_path, monkeypatch):
     """... and sample.py reads clean estimates with it."""
-    train("noise-aware", tmp_path, monkeypatch, "--trainer.logger=false")
+    train(name, tmp_path, monkeypatch, "--trainer.logger=false")
     monkeypatch.setattr("sys.argv", ["sample.py"])
     sampling_cli.main([
         f"--model.noise_aware={tmp_path / 'noise-aware'}", "--model.steps=3", "--model.pilot=8", "--data.n=2",

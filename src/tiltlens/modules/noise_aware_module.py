@@ -6,7 +6,7 @@ whose solution at every layer is E[encoder(x_0) | x_t]. The logarithm, by noise 
 their running mean, for a step of the chain is worth the share of the variance that it tells, at every level alike. Layers
 are compared in units of the encoder's own standard deviation: each position (all tokens, or the map), and their means
 (patches; the cls token), which most units read. x_0: natural images, and samples of the prior itself, in the share `own_share`, for these
-are what guidance meets.
+are what guidance meets. For a few units alone the columns are these, and the twin is a reader that is told the noise level.
 """
 
 import time
@@ -15,21 +15,15 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tiltlens.errors import UserError
 from tiltlens.modules.image_data import Batch, BatchStream
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
+from tiltlens.modules.own_samples import own_samples, read_samples
 from tiltlens.priors import load_prior
-from tiltlens.sampling.chain import Chain
-from tiltlens.sampling.noise import stream_seed
-from tiltlens.sampling.warm_start import unguided
-from tiltlens.schedule import step_indices
-from tiltlens.units import build_unit
 from tiltlens.units.encoder import Encoder
-from tiltlens.units.noise_aware import TwinConfig, save_twin, twin_of
+from tiltlens.units.noise_aware import TwinConfig, reader_of, save_twin, twin_of
 from tiltlens.units.readout import positions
 from tiltlens.units.sources import load_encoder
 
@@ -46,6 +40,8 @@ class NoiseAwareModule(LightningModule):
     encoder, weights: as in a unit's address. prior: any that `load_prior` reads; precision: of its network. units:
     addresses of the encoder's units that it is to read, and them alone; null for all, layer by layer. layers: whose
     outputs are learned then, module paths, "output" for the encoder's own, which counts as much as all others together.
+    network: the encoder that is to read the units, a smaller one for instance, by heads on `layers` of its own; null for a
+    copy of their encoder, which reads each at its place.
     log_snr: the range of noise levels; until: the highest at which the twin is used, for sharper estimates are the
     encoder's own. own: so many samples of the prior are drawn first, by a chain of `steps`, and make up the share own_share
     of each batch. fused_attention: False where the fused kernel is the slow one (bf16 on a CPU). Raises UserError or
@@ -59,6 +55,7 @@ class NoiseAwareModule(LightningModule):
         prior: str = "bundled",
         precision: str = "float32",
         units: list[str] | None = None,
+        network: str | None = None,
         layers: tuple[str, ...] = (OUTPUT,),
         log_snr: tuple[float, float] = (-6.0, 6.0),
         until: float | None = None,
@@ -84,19 +81,22 @@ class NoiseAwareModule(LightningModule):
             raise UserError(
                 f"model.until = {until}: expected a level above {log_snr[0]}, the lowest of model.log_snr"
             )
+        if network is not None and not units:
+            raise UserError("model.network reads single units: expected model.units, found none")
         source, self.layers = load_encoder(encoder, weights), [None if x == OUTPUT else x for x in layers]
-        members = {m.name: m for u in units or () for m in build_unit(u).load().members}
-        for name, member in members.items():
-            if member.encoder is not source:
-                raise UserError(
-                    f"model.units: {name} is not of the encoder {source.name}: a twin is of one encoder, model.encoder"
-                )
-        self.units = list(members.values())
-        if self.units:
-            self.layers = list(dict.fromkeys(m.address.layer for m in self.units))
-        for layer in self.layers:
-            source.require_layer(layer)
-        self.twin = twin_of(source).requires_grad_(True)
+        if units:
+            try:
+                self.twin = reader_of(source, units, network, self.layers)
+            except ValueError as error:
+                raise UserError(f"model.units, model.network: {error}") from None
+        else:
+            for layer in self.layers:
+                source.require_layer(layer)
+            self.twin = twin_of(source)
+        self.units, self.network = list(self.twin.members) if units else [], network
+        self.trained = self.twin.trained() if units else list(self.twin.parameters())
+        for weight in self.trained:
+            weight.requires_grad_(True)
         for part in self.twin.modules():
             if hasattr(part, "fused_attn"):
                 part.fused_attn = fused_attention and part.fused_attn
@@ -111,6 +111,7 @@ class NoiseAwareModule(LightningModule):
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.register_buffer("errors", torch.ones(BINS, len(self.weights())))
         self.own_states: Tensor | None = None
+        self.own_targets: Tensor | None = None
         self.scales: list[Tensor] = []
 
     def setup(self, stage: str) -> None:
@@ -133,36 +134,30 @@ class NoiseAwareModule(LightningModule):
         source, prior = self._parts
         source.to(self.device), prior.to(self.device)
         if self.own:
-            self.own_states = self._own_states(Path(self.trainer.default_root_dir))
-        self.scales = self._scales()
+            self.own_states = own_samples(self.trainer, prior, self.own, self.steps, self.device)
+        if self.own and self.units:
+            names = "\n".join(
+                [prior.fingerprint, str(self.trainer.precision), *(m.fingerprint for m in self.units)]
+            )
+            with self.trainer.precision_plugin.forward_context():  # as targets are read in training
+                self.own_targets = read_samples(
+                    self.trainer, self.own_states, names, lambda x: self._raw(prior.decode(x)), self.device
+                )
+        self._measure()
 
-    def _own_states(self, folder: Path) -> Tensor:
-        prior = self._parts[1]
-        name = stream_seed(f"{prior.fingerprint}/{self.steps}", self.own, "start")
-        file = folder / f"own-{name:016x}.safetensors"
-        if not file.is_file() and self.trainer.is_global_zero:
-            chain = Chain(prior.denoiser, step_indices(prior.denoiser.schedule, self.steps))
-            states = []
-            for x_0 in unguided(chain, self.own, "noise-aware", self.device, torch.float32):
-                states.append(x_0.cpu())
-                rank_zero_info(f"own samples {sum(map(len, states))}/{self.own}")
-            folder.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(file.name + ".part")
-            save_file({"x_0": torch.cat(states)}, part)
-            part.replace(file)
-        self.trainer.strategy.barrier("own samples")
-        return load_file(file)["x_0"]
-
-    def states(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """x_0 (B, *shape): of the images, the first of them replaced by own samples; half of them mirrored."""
+    def states(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """x_0 (B, *shape): of the images, the first of them replaced by own samples, half of them mirrored, all shuffled; which
+        own sample (B,), -1 for an image; whether mirrored (B,)."""
         x_0 = self._parts[1].encode(images)
+        own = torch.full((len(images),), -1)
         count = round(self.own_share * len(images)) if self.own else 0
         if count:
-            chosen = torch.randint(len(self.own_states), (count,), generator=generator)
-            x_0 = torch.cat([self.own_states[chosen].to(x_0), x_0[count:]])
+            own[:count] = torch.randint(len(self.own_states), (count,), generator=generator)
+            x_0 = torch.cat([self.own_states[own[:count]].to(x_0), x_0[count:]])
         mirrored = torch.rand(len(x_0), generator=generator) < 0.5
         x_0 = torch.where(mirrored.to(x_0.device)[:, None, None, None], x_0.flip(3), x_0)
-        return x_0[torch.randperm(len(x_0), generator=generator)]
+        order = torch.randperm(len(x_0), generator=generator)
+        return x_0[order], own[order], mirrored[order]
 
     @torch.no_grad()
     def estimates(self, x_0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -179,11 +174,8 @@ class NoiseAwareModule(LightningModule):
         return torch.cat(out), torch.cat(levels)
 
     def readouts(self, encoder: Encoder, images: Tensor) -> list[Tensor]:
-        """Of units (B, 1, 1) each. Else two a layer: all positions (B, P, C), and their means (B, 1 or 2, C), the cls token
-        beside them."""
+        """Two a layer: all positions (B, P, C), and their means (B, 1 or 2, C), the cls token beside them."""
         outputs, found = encoder.outputs(images, self.layers), []
-        if self.units:
-            return [m.read(outputs[m.address.layer])[:, None, None] for m in self.units]
         for layer in self.layers:
             h = outputs[layer].float()
             everywhere = positions(h, "all", encoder)[0]
@@ -194,32 +186,54 @@ class NoiseAwareModule(LightningModule):
             found += [everywhere, mean]
         return found
 
-    def errors_of(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Squared errors (B, columns) in units of the encoder's variance, and log-SNR (B,)."""
-        source, prior = self._parts
-        x_0 = self.states(images, generator)
-        x0_hat, log_snr = self.estimates(x_0, generator)
-        with torch.no_grad():
-            targets = self.readouts(source, prior.decode(x_0))
-        found = self.readouts(self.twin, prior.decode(x0_hat))
-        rows = [((f - t) / scale).square().mean((1, 2)) for f, t, scale in zip(found, targets, self.scales)]
-        return torch.stack(rows, 1), log_snr.to(images.device)
+    def _raw(self, images: Tensor) -> Tensor:
+        """The units' activations (B, K), by the encoder."""
+        outputs = self._parts[0].outputs(images, list(dict.fromkeys(m.address.layer for m in self.units)))
+        return torch.stack([m.read(outputs[m.address.layer]) for m in self.units], 1)
 
     @torch.no_grad()
-    def _scales(self) -> list[Tensor]:
-        """Standard deviation (P, C) of each readout over the first MOMENTS of what is trained on."""
+    def targets(self, x_0: Tensor, own: Tensor, mirrored: Tensor) -> list[Tensor]:
+        """What the encoder says of x_0: readouts, or (B, 1, 1) of each unit. Of own samples the units are known."""
         source, prior = self._parts
-        data = self.trainer.datamodule
+        if not self.units:
+            return self.readouts(source, prior.decode(x_0))
+        out, new = x_0.new_zeros(len(x_0), len(self.units)), own < 0
+        if (~new).any():
+            out[~new] = self.own_targets[own[~new], mirrored[~new].long()].to(out)
+        if new.any():
+            out[new] = self._raw(prior.decode(x_0[new])).to(out)
+        return list(out.T[..., None, None])
+
+    def errors_of(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Squared errors (B, columns) in units of the encoder's variance, and log-SNR (B,)."""
+        prior = self._parts[1]
+        x_0, own, mirrored = self.states(images, generator)
+        x0_hat, log_snr = self.estimates(x_0, generator)
+        log_snr, targets = log_snr.to(images.device), self.targets(x_0, own, mirrored)
+        if self.units:
+            z = self.twin(prior.decode(x0_hat), log_snr).float()
+            target = (torch.cat(targets, 1)[..., 0] - self.twin.mean) / self.twin.std
+            return (z - target).square(), log_snr
+        found = self.readouts(self.twin, prior.decode(x0_hat))
+        rows = [((f - t) / scale).square().mean((1, 2)) for f, t, scale in zip(found, targets, self.scales)]
+        return torch.stack(rows, 1), log_snr
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        """Standard deviation (P, C) of each readout over the first MOMENTS of what is trained on; of units the mean as well."""
+        data, seen = self.trainer.datamodule, []
         stream = BatchStream(*data.train_set, data.batch_size, data.seed, shuffle=True)
-        seen = []
         for batch in stream:
             generator = torch.Generator().manual_seed(batch["seed"])
-            images = prior.decode(self.states(batch["image"].to(self.device), generator))
-            seen.append(self.readouts(source, images))
-            if len(seen) * len(images) >= MOMENTS:
+            seen.append(self.targets(*self.states(batch["image"].to(self.device), generator)))
+            if len(seen) * len(batch["image"]) >= MOMENTS:
                 break
-        spread = [torch.cat(columns).std(0) for columns in zip(*seen)]
-        return [s + 1e-3 * s.mean() + 1e-12 for s in spread]
+        columns = [torch.cat(c) for c in zip(*seen)]
+        spread = [c.std(0) for c in columns]
+        self.scales = [s + 1e-3 * s.mean() + 1e-12 for s in spread]
+        if self.units:
+            self.twin.mean.copy_(torch.stack([c.mean() for c in columns]))
+            self.twin.std.copy_(torch.cat([s.flatten() for s in self.scales]))
 
     def weights(self) -> Tensor:
         """(columns,): units alike; the output as much as all other layers, means three times as much as positions."""
@@ -259,9 +273,7 @@ class NoiseAwareModule(LightningModule):
             self.log("val_error_output", errors[:, column].mean(), prog_bar=True, batch_size=len(errors))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(
-            self.twin.parameters(), self.learning_rate, weight_decay=self.weight_decay
-        )
+        optimizer = torch.optim.AdamW(self.trained, self.learning_rate, weight_decay=self.weight_decay)
         schedule = warm_hold_decay(optimizer, self.trainer, self.warmup, 1 - self.warmup, shape="cosine")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -273,6 +285,7 @@ class NoiseAwareModule(LightningModule):
                    "own_share": self.own_share, "processor_seconds": round(time.process_time() - self.began), **found}  # fmt: skip
         config = TwinConfig(
             {"name": source.name, "sha256": source.fingerprint}, {"name": prior.name, "sha256": prior.fingerprint},
-            (self.low, self.until), [m.name for m in self.units] or None, trained,
+            (self.low, self.until), [m.name for m in self.units] or None, self.network, self.layers if self.network else None,
+            trained,
         )  # fmt: skip
         return save_twin(self.twin, config, Path(folder) / "noise-aware")

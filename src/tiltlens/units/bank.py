@@ -1,7 +1,7 @@
 """Many units, one batch: row i is read by its own unit, and each encoder runs once, on the rows that ask for
 it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,12 +53,18 @@ class UnitBank(nn.Module):
             )
         self.twins[sha256] = twin
 
-    def _reader(self, encoder: Encoder | None, log_snr: float | None) -> Encoder | None:
-        """Who reads: the encoder, or its twin at the levels that it was trained for."""
-        if encoder is None or log_snr is None or encoder.fingerprint not in self.twins:
-            return encoder
-        twin = self.twins[encoder.fingerprint]
-        return twin.twin if twin.at(log_snr) else encoder
+    def _see(
+        self, encoder: Encoder | None, members: list[Unit], x: Tensor, log_snr: float | None
+    ) -> dict[Unit, tuple[Tensor, Callable[[Tensor], Tensor]]]:
+        """What each member reads, and how: the input itself, or its layer's output; at the levels of a twin what this has
+        read. One forward."""
+        if encoder is None:
+            return {m: (x, m.read) for m in members}
+        name = encoder.fingerprint
+        if log_snr is not None and name in self.twins and self.twins[name].at(log_snr):
+            return {m: (v, _as_it_is) for m, v in self.twins[name].read(members, x, log_snr).items()}
+        outputs = encoder.activations(x, list(dict.fromkeys(m.address.layer for m in members)))
+        return {m: (outputs[m.address.layer], m.read) for m in members}
 
     def __len__(self) -> int:
         return len(self.units)
@@ -78,10 +84,9 @@ class UnitBank(nn.Module):
         for encoder, members in self._by_encoder(places):
             rows = sorted({row for m in members for row, _ in places[m]})
             index = {row: k for k, row in enumerate(rows)}
-            seen = _see(self._reader(encoder, log_snr), members, _take(images, rows))
-            for m in members:
+            for m, (h, read) in self._see(encoder, members, _take(images, rows), log_snr).items():
                 filled += places[m]
-                values.append(m.read(_take(seen[m], [index[row] for row, _ in places[m]])))
+                values.append(read(_take(h, [index[row] for row, _ in places[m]])))
         out = torch.zeros(len(images), self.size, dtype=_widest(values), device=images.device)
         if not values:
             return out
@@ -93,8 +98,7 @@ class UnitBank(nn.Module):
         everyone = dict.fromkeys(m for members in self._members for m in members)
         values: dict[Unit, Tensor] = {}
         for encoder, members in self._by_encoder(everyone):
-            seen = _see(self._reader(encoder, log_snr), members, images)
-            values |= {m: m.read(h) for m, h in seen.items()}
+            values |= {m: read(h) for m, (h, read) in self._see(encoder, members, images, log_snr).items()}
         rows = [torch.stack([values[m] for m in ms], 1) for ms in self._members]
         return torch.stack([torch.nn.functional.pad(r, (0, self.size - r.shape[1])) for r in rows], 1)
 
@@ -122,8 +126,9 @@ class UnitBank(nn.Module):
         device = next(self.parameters(), torch.zeros(())).device
         everyone = dict.fromkeys(m for members in self._members for m in members)
         for encoder, members in self._by_encoder(everyone):
-            for m, h in _see(encoder, members, torch.zeros(1, *shape, device=device)).items():
-                m.read(h)
+            x = torch.zeros(1, *shape, device=device)
+            for h, read in self._see(encoder, members, x, None).values():
+                read(h)
 
     def _by_encoder(self, members: Iterable[Unit]) -> list[tuple[Encoder | None, list[Unit]]]:
         groups = [
@@ -132,12 +137,8 @@ class UnitBank(nn.Module):
         return [(encoder, mine) for encoder, mine in groups if mine]
 
 
-def _see(encoder: Encoder | None, members: Iterable[Unit], x: Tensor) -> dict[Unit, Tensor]:
-    """What each member reads: the input itself, or its layer's output. One forward."""
-    if encoder is None:
-        return dict.fromkeys(members, x)
-    outputs = encoder.activations(x, list(dict.fromkeys(m.address.layer for m in members)))
-    return {m: outputs[m.address.layer] for m in members}
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _take(x: Tensor, rows: list[int]) -> Tensor:

@@ -1,10 +1,11 @@
-"""Noise-aware twins: an encoder fine-tuned to read clean estimates.
+"""Noise-aware twins: who reads clean estimates in an encoder's place.
 
 What guidance needs of a unit at noise level t is E[a(x_0) | x_t], and above all its gradient; a(x0_hat), the encoder on the
 clean estimate, is neither, for it was trained on sharp images and not on blurred ones. A twin has the encoder's
 architecture and other weights, trained (`tiltlens.modules.noise_aware_module`) so that every layer's output on x0_hat is
 the expected output on x_0 (the noise-aware classifier of Dhariwal and Nichol, 2021, as a regression of all units at once). It
-serves guidance alone: the activation of a sample is always the encoder's own, so that all weights stay exact.
+serves guidance alone: the activation of a sample is always the encoder's own, so that all weights stay exact. For a few
+units alone the twin is a `UnitReader`, which knows the noise level and may be of another architecture than the encoder.
 
     FOLDER/config.json          whose twin it is, under which prior, and the range of log-SNR that it was trained for
     FOLDER/model.safetensors    its weights, float16
@@ -12,45 +13,62 @@ serves guidance alone: the activation of a sample is always the encoder's own, s
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from tiltlens.units.combination import build_unit
 from tiltlens.units.encoder import Encoder
+from tiltlens.units.reader import UnitReader
+from tiltlens.units.sources import load_encoder
+from tiltlens.units.unit import Unit
 from tiltlens.units.weights import fingerprint, read_weights
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+PRECISE = ("mean", "std")  # of a reader: raw activations may be beyond half precision
 
 
 @dataclass(frozen=True)
 class TwinConfig:
     """encoder, prior: name and sha256. log_snr: (lowest, highest) level at which the twin reads; outside the encoder itself
-    does. units: the addresses that it was trained for, None for all. trained: how, and what came of it, plain numbers."""
+    does. units: the addresses that it was trained for, None for all. network: of a reader of these units, None for the
+    encoder's own architecture; layers: those that its heads read, None for its output. trained: how, and what came of it."""
 
     encoder: dict[str, str]
     prior: dict[str, str]
     log_snr: tuple[float, float]
     units: list[str] | None = None
+    network: str | None = None
+    layers: list[str | None] | None = None
     trained: dict[str, Any] = field(default_factory=dict)
 
 
 class NoiseAware(nn.Module):
     """The twin of one encoder. sha256: of its weights."""
 
-    def __init__(self, twin: Encoder, config: TwinConfig):
+    def __init__(self, twin: Encoder | UnitReader, config: TwinConfig):
         super().__init__()
         self.twin, self.config = twin, config
-        self.sha256 = fingerprint(twin.model.state_dict())
+        self.sha256 = fingerprint(_state(twin))
 
     def at(self, log_snr: float) -> bool:
         """Whether the twin reads at this noise level."""
         low, high = self.config.log_snr
         return low <= log_snr <= high
+
+    def read(self, members: Sequence[Unit], images: Tensor, log_snr: float) -> dict[Unit, Tensor]:
+        """Raw activations (B,) of these units, float32 or better. Differentiable."""
+        if isinstance(self.twin, UnitReader):
+            columns = {m.name: k for k, m in enumerate(self.twin.members)}
+            values = self.twin.read(images, log_snr)
+            return {m: values[:, columns[m.name]] for m in members}
+        outputs = self.twin.activations(images, list(dict.fromkeys(m.address.layer for m in members)))
+        return {m: m.read(outputs[m.address.layer]) for m in members}
 
 
 def twin_of(encoder: Encoder) -> Encoder:
@@ -58,12 +76,32 @@ def twin_of(encoder: Encoder) -> Encoder:
     return copy.deepcopy(encoder).requires_grad_(False)
 
 
-def save_twin(twin: Encoder, config: TwinConfig, folder: Path) -> Path:
+def reader_of(
+    encoder: Encoder, units: Sequence[str], network: str | None, layers: Sequence[str | None] | None
+) -> UnitReader:
+    """A reader of these units of the encoder, by a copy of it, or of `network` with heads on `layers` (its output where None).
+    Raises ValueError for units of another encoder, and for what `load_encoder` would refuse."""
+    members = list({m.name: m for u in units for m in build_unit(u).load().members}.values())
+    strange = [m.name for m in members if m.encoder is not encoder]
+    if strange:
+        raise ValueError(
+            f"{', '.join(strange)}: not of the encoder {encoder.name}; a twin is of one encoder, and reads its units"
+        )
+    if network is None:
+        return UnitReader(twin_of(encoder), members)
+    return UnitReader(twin_of(load_encoder(network)), members, list(layers or [None]))
+
+
+def _state(twin: Encoder | UnitReader) -> dict[str, Tensor]:
+    return (twin.model if isinstance(twin, Encoder) else twin).state_dict()
+
+
+def save_twin(twin: Encoder | UnitReader, config: TwinConfig, folder: Path) -> Path:
     """Writes the folder; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     half = {
-        k: (v.half() if v.is_floating_point() else v).contiguous().cpu()
-        for k, v in twin.model.state_dict().items()
+        k: (v.half() if v.is_floating_point() and k not in PRECISE else v).contiguous().cpu()
+        for k, v in _state(twin).items()
     }
     part = folder / f"{WEIGHTS}.part"
     save_file(half, part)
@@ -101,9 +139,12 @@ def load_twin(folder: str | Path, encoders: Iterable[Encoder], prior_sha256: str
             f"model.noise_aware {folder} was trained under the prior {config.prior['name']} "
             f"({config.prior['sha256'][:12]}), this run has {prior_sha256[:12]}: train one under this prior, or leave it out"
         )
-    twin, weights = twin_of(mine), read_weights(str(folder / WEIGHTS))
+    weights = read_weights(str(folder / WEIGHTS))
+    twin = reader_of(mine, config.units, config.network, config.layers) if config.units else twin_of(mine)
     try:
-        twin.model.load_state_dict({k: v.to(torch.float32) if v.is_floating_point() else v for k, v in weights.items()})  # fmt: skip
+        (twin if config.units else twin.model).load_state_dict(
+            {k: v.to(torch.float32) if v.is_floating_point() else v for k, v in weights.items()}
+        )
     except RuntimeError as error:
         raise ValueError(f"model.noise_aware {folder}: of another architecture ({error})") from error
-    return NoiseAware(twin, config)
+    return NoiseAware(twin.requires_grad_(False), config)
