@@ -31,6 +31,7 @@ OUTPUT = "output"  # the encoder's own output, in `layers`
 LEVELS = 4  # noise levels a batch
 BINS = 12  # of log-SNR, for the running errors
 KEEP = 0.98  # of a running error, a step
+HELD_OUT = 16  # one own sample in so many is kept for validation
 MOMENTS = 512  # images for means and standard deviations
 
 
@@ -145,14 +146,18 @@ class NoiseAwareModule(LightningModule):
                 )
         self._measure()
 
-    def states(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def states(
+        self, images: Tensor, generator: torch.Generator, held_out: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x_0 (B, *shape): of the images, the first of them replaced by own samples, half of them mirrored, all shuffled; which
-        own sample (B,), -1 for an image; whether mirrored (B,)."""
+        own sample (B,), -1 for an image; whether mirrored (B,). held_out: of the last own samples, which are not trained on."""
         x_0 = self._parts[1].encode(images)
         own = torch.full((len(images),), -1)
         count = round(self.own_share * len(images)) if self.own else 0
         if count:
-            own[:count] = torch.randint(len(self.own_states), (count,), generator=generator)
+            apart = max(self.own - self.own // HELD_OUT, 1)
+            first, end = (min(apart, self.own - 1), self.own) if held_out else (0, apart)
+            own[:count] = torch.randint(first, end, (count,), generator=generator)
             x_0 = torch.cat([self.own_states[own[:count]].to(x_0), x_0[count:]])
         mirrored = torch.rand(len(x_0), generator=generator) < 0.5
         x_0 = torch.where(mirrored.to(x_0.device)[:, None, None, None], x_0.flip(3), x_0)
@@ -204,10 +209,12 @@ class NoiseAwareModule(LightningModule):
             out[new] = self._raw(prior.decode(x_0[new])).to(out)
         return list(out.T[..., None, None])
 
-    def errors_of(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def errors_of(
+        self, images: Tensor, generator: torch.Generator, held_out: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Squared errors (B, columns) in units of the encoder's variance, and log-SNR (B,)."""
         prior = self._parts[1]
-        x_0, own, mirrored = self.states(images, generator)
+        x_0, own, mirrored = self.states(images, generator, held_out)
         x0_hat, log_snr = self.estimates(x_0, generator)
         log_snr, targets = log_snr.to(images.device), self.targets(x_0, own, mirrored)
         if self.units:
@@ -266,7 +273,7 @@ class NoiseAwareModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """val_error: of units or means, in units of the variance, all noise levels alike; val_error_output: of the output."""
         generator = torch.Generator().manual_seed(batch["seed"])
-        errors, _ = self.errors_of(batch["image"], generator)
+        errors, _ = self.errors_of(batch["image"], generator, held_out=True)
         self.log("val_error", errors[:, self._means].mean(), prog_bar=True, batch_size=len(errors))
         if None in self.layers and not self.units:
             column = 2 * self.layers.index(None) + 1
