@@ -41,7 +41,7 @@ from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler
 from tiltlens.sampling.warm_start import run_pool
 from tiltlens.units import UnitBank, build_unit
-from tiltlens.units.noise_aware import WEIGHTS, load_twin
+from tiltlens.units.noise_aware import CONFIG, WEIGHTS, load_twin
 
 GUIDANCES = {
     "DPS": DPS,
@@ -457,15 +457,19 @@ def settings_of(asked: argparse.Namespace) -> dict:
         "noise_aware",
     )  # a row is the same beside any others
     told = {"prior_sha256": load_prior(asked.prior).fingerprint}
-    if any(g.endswith(AWARE) for g in asked.guidance):
-        told["noise_aware_sha256"] = hashlib.sha256(
-            (Path(asked.noise_aware) / WEIGHTS).read_bytes()
-        ).hexdigest()
     return {k: v for k, v in vars(asked).items() if k not in free and (k != "bound" or v)} | told
 
 
 def fingerprints(asked: argparse.Namespace) -> dict[str, str]:
     return {u.name: u.fingerprint for u in map(build_unit, asked.units)}
+
+
+def twin_of(asked: argparse.Namespace) -> str | None:
+    """sha256 of the weights and the settings of --noise-aware: the same twin up to another level is another."""
+    if not asked.noise_aware:
+        return None
+    files = (Path(asked.noise_aware) / name for name in (CONFIG, WEIGHTS))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
 
 
 def kept(asked: argparse.Namespace) -> dict[tuple, Figure]:
@@ -479,6 +483,8 @@ def kept(asked: argparse.Namespace) -> dict[tuple, Figure]:
         if body["unit_sha256"].get(name, sha256) != sha256:
             raise SystemExit(f"{asked.out} holds figures of {name} with other weights: give another --out")
     figures = [Figure.of(f) for f in body["kept"]]
+    if any(f.guidance.endswith(AWARE) for f in figures) and body.get("noise_aware_sha256") != twin_of(asked):
+        raise SystemExit(f"{asked.out} holds figures by another noise-aware twin: give another --out")
     return {(f.unit, f.guidance, f.target): f for f in figures}
 
 
@@ -488,7 +494,7 @@ def keep(asked: argparse.Namespace, figures: dict[tuple, Figure], closing: dict 
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     rows = list(figures.values())
     before = json.loads(asked.out.read_text())["unit_sha256"] if asked.out.exists() else {}
-    body = {"settings": settings_of(asked), "unit_sha256": before | fingerprints(asked), **(closing or {}), "rows": [f.plain() for f in rows],
+    body = {"settings": settings_of(asked), "noise_aware_sha256": twin_of(asked), "unit_sha256": before | fingerprints(asked), **(closing or {}), "rows": [f.plain() for f in rows],
             "kept": [f.whole() for f in rows]}  # fmt: skip
     fresh = asked.out.with_name(f"{asked.out.name}.part")
     fresh.write_text(json.dumps(body) + "\n")
