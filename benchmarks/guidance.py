@@ -41,7 +41,8 @@ from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler
 from tiltlens.sampling.warm_start import run_pool
 from tiltlens.units import UnitBank, build_unit
-from tiltlens.units.noise_aware import CONFIG, WEIGHTS, load_twin
+from tiltlens.units.noise_aware import CONFIG, WEIGHTS, twin_folder
+from tiltlens.units.twins import adopt_twins
 
 GUIDANCES = {
     "DPS": DPS,
@@ -134,7 +135,7 @@ class Bench:
         self.bank.validate(self.prior.image_size)
         aware = UnitBank(self.bank.units)
         if asked.noise_aware:
-            aware.adopt(load_twin(asked.noise_aware, aware.encoders, self.prior.fingerprint))
+            adopt_twins(aware, [asked.noise_aware], self.prior)
         self.banks = {False: self.bank, True: aware}
         self.names = [u.name for u in self.bank.units]
         start = time.perf_counter()
@@ -376,7 +377,7 @@ def arguments() -> argparse.Namespace:
         "--units", nargs="+", default=UNITS, help="addresses (with weights=FILE for other encoders)"
     )
     parser.add_argument("--guidance", nargs="+", default=PUBLISHED, choices=list(GUIDANCES), metavar="NAME")
-    parser.add_argument("--noise-aware", help="the folder of a twin that reads clean estimates")
+    parser.add_argument("--noise-aware", help="the folder of a twin that reads clean estimates, or bundled")
     parser.add_argument("--shift", nargs="+", type=float, default=[1.0], help="in prior standard deviations")
     parser.add_argument("--samples", type=int, default=64, help="of a row")
     parser.add_argument("--steps", type=int, default=40)
@@ -465,11 +466,12 @@ def fingerprints(asked: argparse.Namespace) -> dict[str, str]:
 
 
 def twin_of(asked: argparse.Namespace) -> str | None:
-    """sha256 of the weights and the settings of --noise-aware: the same twin up to another level is another."""
+    """sha256 of what the twin of --noise-aware reads by: weights, and the levels that it is used at."""
     if not asked.noise_aware:
         return None
-    files = (Path(asked.noise_aware) / name for name in (CONFIG, WEIGHTS))
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+    folder = twin_folder(asked.noise_aware)
+    levels = json.loads((folder / CONFIG).read_text())["log_snr"]
+    return hashlib.sha256((folder / WEIGHTS).read_bytes() + json.dumps(levels).encode()).hexdigest()
 
 
 def kept(asked: argparse.Namespace) -> dict[tuple, Figure]:

@@ -30,7 +30,7 @@ from tiltlens.sampling.pilot import arguments
 from tiltlens.sampling.sampler import Sampler
 from tiltlens.sampling.shadow import cast, heads_of
 from tiltlens.units import UnitBank, build_unit
-from tiltlens.units.noise_aware import load_twin
+from tiltlens.units.twins import adopt_twins
 
 UNITS = [
     "bundled,class=horse",
@@ -77,7 +77,7 @@ class Bench:
         )
         bank.validate(prior.image_size)
         if twin:
-            bank.adopt(load_twin(twin, bank.encoders, prior.fingerprint))
+            adopt_twins(bank, [twin], prior)
         self.sampler = Sampler(prior, bank, Linear(), self.guidance, asked.steps, device=asked.device)
         start = time.perf_counter()
         self.pilots = self.sampler.run_pilot(

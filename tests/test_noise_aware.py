@@ -21,7 +21,8 @@ from tiltlens.priors import load_prior
 from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler
 from tiltlens.units import Encoder, UnitBank, build_unit, load_encoder, register_encoder
-from tiltlens.units.noise_aware import TwinConfig, load_twin, save_twin, twin_of
+from tiltlens.units.noise_aware import TwinConfig, load_twin, place, save_twin, twin_of
+from tiltlens.units.twins import adopt_twins
 
 UNITS = ["small-net,channel=1", "small-net,layer=0,channel=2"]
 GUIDANCES = [Calibrated(), Learned(shadows=32), DPS(), LGD(), MPGD(), MomentMatched()]
@@ -211,17 +212,28 @@ def test_a_twin_of_some_units_reads_these_and_no_others(parts, tmp_path):
     module = NoiseAwareModule("small-net", prior=str(folder / "prior"), units=[UNITS[1]], own=0, own_share=0)
     x, which = torch.rand(4, 3, 8, 8) * 2 - 1, torch.zeros(4, dtype=torch.long)
     module.twin.mean.fill_(0.7), module.twin.std.fill_(1e6)  # beyond half precision
-    save_twin(module.twin, replace(config, units=[UNITS[1]]), tmp_path)
+    assert place(module.units[0]) == "layer=0,channel=2"
+    assert place(build_unit("torchvision:squeezenet1_1,weights=random:1,class=goldfish")) == "class=goldfish"
+    save_twin(module.twin, replace(config, units=["layer=0,channel=2"]), tmp_path)
     bank = UnitBank([build_unit(UNITS[1])])
     own = bank.read(x, which)
     bank.adopt(load_twin(tmp_path, [encoder], prior.fingerprint))
     for level in (-2.0, 0.0, 3.0):
         torch.testing.assert_close(bank.read(x, which, level), own, rtol=1e-5, atol=1e-4)
         assert torch.equal(bank.read(x, which, level)[2:3], bank.read(x[2:3], which[:1], level))
+    both = UnitBank([build_unit(u) for u in UNITS])
     with pytest.raises(
-        ValueError, match=r"was trained for small-net,layer=0,channel=2 alone, found small-net,channel=1"
+        ValueError, match=r"was trained for layer=0,channel=2 alone, found small-net,channel=1"
     ):
-        UnitBank([build_unit(u) for u in UNITS]).adopt(load_twin(tmp_path, [encoder], prior.fingerprint))
+        adopt_twins(both, [tmp_path], prior)
+    torch.nn.init.normal_(module.twin.level[-1].weight)
+    save_twin(module.twin, replace(config, units=["layer=0,channel=2"]), tmp_path)
+    both.adopt(load_twin(tmp_path, [encoder], prior.fingerprint))
+    mixed = both.read(x, torch.tensor([0, 1, 0, 1]), 0.0)
+    assert torch.equal(mixed[::2], UnitBank([build_unit(UNITS[0])]).read(x[::2], which[:2]))
+    bank.adopt(both.twins[encoder.fingerprint])
+    assert torch.equal(mixed[1::2], bank.read(x[1::2], which[:2], 0.0))
+    assert torch.equal(both.read_all(x, 0.0)[1::2, 1], mixed[1::2])
     for wrong, why in (
         ({"units": ["bundled,class=horse"]}, "not of the encoder small-net"),
         ({"network": "small-student"}, "expected model.units"),

@@ -22,8 +22,9 @@ from tiltlens.modules.image_data import Batch, BatchStream
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
 from tiltlens.modules.own_samples import own_samples, read_samples
 from tiltlens.priors import load_prior
+from tiltlens.units.combination import build_unit
 from tiltlens.units.encoder import Encoder
-from tiltlens.units.noise_aware import TwinConfig, reader_of, save_twin, twin_of
+from tiltlens.units.noise_aware import TwinConfig, place, reader_of, save_twin, twin_of
 from tiltlens.units.readout import positions
 from tiltlens.units.sources import load_encoder
 
@@ -87,7 +88,8 @@ class NoiseAwareModule(LightningModule):
         source, self.layers = load_encoder(encoder, weights), [None if x == OUTPUT else x for x in layers]
         if units:
             try:
-                self.twin = reader_of(source, units, network, self.layers)
+                members = {m.name: m for u in units for m in build_unit(u).load().members}
+                self.twin = reader_of(source, list(members.values()), network, self.layers)
             except ValueError as error:
                 raise UserError(f"model.units, model.network: {error}") from None
         else:
@@ -288,11 +290,15 @@ class NoiseAwareModule(LightningModule):
         """Writes folder/noise-aware, for --model.noise_aware."""
         source, prior = self._parts
         found = {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val_error")}
-        trained = {"steps": self.trainer.global_step, "layers": [x or OUTPUT for x in self.layers], "own": self.own,
-                   "own_share": self.own_share, "processor_seconds": round(time.process_time() - self.began), **found}  # fmt: skip
+        trained = {
+            "steps": self.trainer.global_step, "own": self.own, "own_share": self.own_share,
+            "processor_seconds": round(time.process_time() - self.began), **found,
+        }  # fmt: skip
+        if self.network or not self.units:
+            trained["layers"] = [x or OUTPUT for x in self.layers]
         config = TwinConfig(
             {"name": source.name, "sha256": source.fingerprint}, {"name": prior.name, "sha256": prior.fingerprint},
-            (self.low, self.until), [m.name for m in self.units] or None, self.network, self.layers if self.network else None,
+            (self.low, self.until), [place(m) for m in self.units] or None, self.network, self.layers if self.network else None,
             trained,
         )  # fmt: skip
         return save_twin(self.twin, config, Path(folder) / "noise-aware")

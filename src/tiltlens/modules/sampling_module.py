@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from tiltlens.energies import Energy, Linear
 from tiltlens.guidance import Calibrated, Guidance
@@ -22,7 +23,7 @@ from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler, Samples
 from tiltlens.schedule import SPACINGS, step_indices
 from tiltlens.units import Unit, UnitBank, build_unit
-from tiltlens.units.noise_aware import load_twin
+from tiltlens.units.twins import adopt_twins
 
 PILOT_BATCH = 64
 
@@ -37,7 +38,8 @@ class SamplingModule(LightningModule):
     steps, log-snr or index. clip: clamp clean estimates to [-1, 1] in base and guided law. pilot: unguided trajectories
     for calibration, 0 for none. natural: an image folder that says what is natural, in place of the pilot's samples.
     precision: of the prior's network, float32 or bfloat16. prompt: for text-conditional priors. noise_aware: a folder of
-    `NoiseAwareModule`, or several, of twins that read clean estimates for the guidance.
+    `NoiseAwareModule`, or several, of twins that read clean estimates for the guidance; "bundled"; or "auto", the bundled one
+    where prior, encoder and unit are those that it was trained for, and the encoder elsewhere.
     """
 
     def __init__(
@@ -105,8 +107,8 @@ class SamplingModule(LightningModule):
         if self.natural and not prior.images:
             raise ValueError(f"model.natural is an image folder, but the prior {prior.name} has no images")
         bank.validate(prior.image_size or prior.denoiser.shape)
-        for folder in self.noise_aware:
-            bank.adopt(load_twin(folder, bank.encoders, prior.fingerprint))
+        for note in adopt_twins(bank, self.noise_aware, prior):
+            rank_zero_info(note)
         self.bank, self.prior = bank, prior
 
     def setup(self, stage: str) -> None:
@@ -207,5 +209,5 @@ class SamplingModule(LightningModule):
             "sampler": self.method.describe(),
             "chain": {"steps": self.steps, "eta": self.eta, "spacing": self.spacing, "clip": self.clip},
             "pilot": self.pilot, "natural": self.natural, "precision": self.precision, "prompt": self.prompt,
-            **({"noise_aware": {name: t.sha256 for name, t in self.bank.twins.items()}} if self.noise_aware else {}),
+            **({"noise_aware": {name: t.sha256 for name, t in self.bank.twins.items()}} if self.bank.twins else {}),
         }  # fmt: skip

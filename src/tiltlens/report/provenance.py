@@ -9,6 +9,7 @@ ORDER = (
     "state",
     "prior",
     "encoder",
+    "noise_aware",
     "units",
     "energy",
     "guidance",

@@ -33,38 +33,25 @@ class UnitBank(nn.Module):
         self.twins = nn.ModuleDict()  # by the encoder's sha256
 
     def adopt(self, twin: NoiseAware) -> None:
-        """Read clean estimates of its encoder's units by this twin. Raises ValueError where the bank has no such encoder, or
-        units of it that the twin was not trained for."""
-        sha256 = twin.config.encoder["sha256"]
-        if sha256 not in [e.fingerprint for e in self.encoders]:
-            raise ValueError(
-                f"no unit of {', '.join(u.name for u in self.units)} is of the encoder {twin.config.encoder['name']}"
-            )
-        mine = [
-            m.name
-            for ms in self._members
-            for m in ms
-            if m.encoder is not None and m.encoder.fingerprint == sha256
-        ]
-        if twin.config.units is not None and (strange := [n for n in mine if n not in twin.config.units]):
-            raise ValueError(
-                f"the noise-aware twin of {twin.config.encoder['name']} was trained for {', '.join(twin.config.units)} alone, "
-                f"found {', '.join(strange)}: train one for it, or leave it out"
-            )
-        self.twins[sha256] = twin
+        """Read clean estimates of its encoder's units by this twin; of units that it was not trained for by the encoder."""
+        self.twins[twin.config.encoder["sha256"]] = twin
 
-    def _see(
-        self, encoder: Encoder | None, members: list[Unit], x: Tensor, log_snr: float | None
-    ) -> dict[Unit, tuple[Tensor, Callable[[Tensor], Tensor]]]:
-        """What each member reads, and how: the input itself, or its layer's output; at the levels of a twin what this has
-        read. One forward."""
-        if encoder is None:
-            return {m: (x, m.read) for m in members}
-        name = encoder.fingerprint
-        if log_snr is not None and name in self.twins and self.twins[name].at(log_snr):
-            return {m: (v, _as_it_is) for m, v in self.twins[name].read(members, x, log_snr).items()}
-        outputs = encoder.activations(x, list(dict.fromkeys(m.address.layer for m in members)))
-        return {m: (outputs[m.address.layer], m.read) for m in members}
+    def _groups(
+        self, members: Iterable[Unit], log_snr: float | None
+    ) -> list[tuple[Encoder | NoiseAware | None, list[Unit]]]:
+        """Who reads which members: each encoder, or its twin at the levels and of the units that it was trained for."""
+        groups: dict[Encoder | NoiseAware | None, list[Unit]] = {}
+        for encoder in [None, *self.encoders]:
+            for m in (m for m in members if m.encoder is encoder):
+                groups.setdefault(self._reader(m, log_snr), []).append(m)
+        return list(groups.items())
+
+    def _reader(self, member: Unit, log_snr: float | None) -> Encoder | NoiseAware | None:
+        encoder = member.encoder
+        if encoder is None or log_snr is None or encoder.fingerprint not in self.twins:
+            return encoder
+        twin = self.twins[encoder.fingerprint]
+        return twin if twin.at(log_snr) and twin.reads(member) else encoder
 
     def __len__(self) -> int:
         return len(self.units)
@@ -81,10 +68,10 @@ class UnitBank(nn.Module):
             for column, member in enumerate(self._members[u]):
                 places.setdefault(member, []).append((row, column))
         filled, values = [], []
-        for encoder, members in self._by_encoder(places):
+        for reader, members in self._groups(places, log_snr):
             rows = sorted({row for m in members for row, _ in places[m]})
             index = {row: k for k, row in enumerate(rows)}
-            for m, (h, read) in self._see(encoder, members, _take(images, rows), log_snr).items():
+            for m, (h, read) in _see(reader, members, _take(images, rows), log_snr).items():
                 filled += places[m]
                 values.append(read(_take(h, [index[row] for row, _ in places[m]])))
         out = torch.zeros(len(images), self.size, dtype=_widest(values), device=images.device)
@@ -97,8 +84,8 @@ class UnitBank(nn.Module):
         """Every unit on every image, (B, units, K), one pass of each encoder. As `read` otherwise."""
         everyone = dict.fromkeys(m for members in self._members for m in members)
         values: dict[Unit, Tensor] = {}
-        for encoder, members in self._by_encoder(everyone):
-            values |= {m: read(h) for m, (h, read) in self._see(encoder, members, images, log_snr).items()}
+        for reader, members in self._groups(everyone, log_snr):
+            values |= {m: read(h) for m, (h, read) in _see(reader, members, images, log_snr).items()}
         rows = [torch.stack([values[m] for m in ms], 1) for ms in self._members]
         return torch.stack([torch.nn.functional.pad(r, (0, self.size - r.shape[1])) for r in rows], 1)
 
@@ -125,16 +112,22 @@ class UnitBank(nn.Module):
             )
         device = next(self.parameters(), torch.zeros(())).device
         everyone = dict.fromkeys(m for members in self._members for m in members)
-        for encoder, members in self._by_encoder(everyone):
+        for reader, members in self._groups(everyone, None):
             x = torch.zeros(1, *shape, device=device)
-            for h, read in self._see(encoder, members, x, None).values():
+            for h, read in _see(reader, members, x, None).values():
                 read(h)
 
-    def _by_encoder(self, members: Iterable[Unit]) -> list[tuple[Encoder | None, list[Unit]]]:
-        groups = [
-            (encoder, [m for m in members if m.encoder is encoder]) for encoder in [None, *self.encoders]
-        ]
-        return [(encoder, mine) for encoder, mine in groups if mine]
+
+def _see(
+    reader: Encoder | NoiseAware | None, members: list[Unit], x: Tensor, log_snr: float | None
+) -> dict[Unit, tuple[Tensor, Callable[[Tensor], Tensor]]]:
+    """What each member is read from, and how: the input itself, its layer's output, or what a twin has read. One forward."""
+    if reader is None:
+        return {m: (x, m.read) for m in members}
+    if isinstance(reader, NoiseAware):
+        return {m: (value, _as_it_is) for m, value in reader.read(members, x, log_snr).items()}
+    outputs = reader.activations(x, list(dict.fromkeys(m.address.layer for m in members)))
+    return {m: (outputs[m.address.layer], m.read) for m in members}
 
 
 def _as_it_is(x: Tensor) -> Tensor:

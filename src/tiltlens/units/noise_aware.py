@@ -14,7 +14,8 @@ units alone the twin is a `UnitReader`, which knows the noise level and may be o
 import copy
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,22 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tiltlens.units.combination import build_unit
+from tiltlens.units.address import Address
 from tiltlens.units.encoder import Encoder
 from tiltlens.units.reader import UnitReader
 from tiltlens.units.sources import load_encoder
-from tiltlens.units.unit import Unit
+from tiltlens.units.unit import EncoderUnit, Unit
 from tiltlens.units.weights import fingerprint, read_weights
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+BUNDLED = Path(str(files("tiltlens"))) / "bundled" / "noise-aware"
 PRECISE = ("mean", "std")  # of a reader: raw activations may be beyond half precision
 
 
 @dataclass(frozen=True)
 class TwinConfig:
     """encoder, prior: name and sha256. log_snr: (lowest, highest) level at which the twin reads; outside the encoder itself
-    does. units: the addresses that it was trained for, None for all. network: of a reader of these units, None for the
+    does. units: those that it was trained for, by their `place`, None for all. network: of a reader of these units, None for the
     encoder's own architecture; layers: those that its heads read, None for its output. trained: how, and what came of it."""
 
     encoder: dict[str, str]
@@ -61,14 +63,34 @@ class NoiseAware(nn.Module):
         low, high = self.config.log_snr
         return low <= log_snr <= high
 
+    def reads(self, unit: EncoderUnit) -> bool:
+        """Whether it was trained for this unit of its encoder."""
+        return self.config.units is None or place(unit) in self.config.units
+
     def read(self, members: Sequence[Unit], images: Tensor, log_snr: float) -> dict[Unit, Tensor]:
         """Raw activations (B,) of these units, float32 or better. Differentiable."""
         if isinstance(self.twin, UnitReader):
-            columns = {m.name: k for k, m in enumerate(self.twin.members)}
+            columns = {place(m): k for k, m in enumerate(self.twin.members)}
             values = self.twin.read(images, log_snr)
-            return {m: values[:, columns[m.name]] for m in members}
+            return {m: values[:, columns[place(m)]] for m in members}
         outputs = self.twin.activations(images, list(dict.fromkeys(m.address.layer for m in members)))
         return {m: m.read(outputs[m.address.layer]) for m in members}
+
+
+def place(unit: EncoderUnit) -> str:
+    """Its address without the encoder, which sha256 names better than any path: class=horse."""
+    return str(replace(unit.address, encoder="bundled", weights=None)).partition(",")[2]
+
+
+def twin_folder(name: str | Path) -> Path:
+    """A folder, or that of "bundled". Raises FileNotFoundError where no twin lies in it."""
+    folder = BUNDLED if str(name) == "bundled" else Path(name)
+    if not all((folder / file).is_file() for file in (CONFIG, WEIGHTS)):
+        raise FileNotFoundError(
+            f"model.noise_aware {name}: expected a folder with {CONFIG} and {WEIGHTS}, as `train.py fit` of a "
+            "NoiseAwareModule writes to OUT/noise-aware"
+        )
+    return folder
 
 
 def twin_of(encoder: Encoder) -> Encoder:
@@ -77,11 +99,10 @@ def twin_of(encoder: Encoder) -> Encoder:
 
 
 def reader_of(
-    encoder: Encoder, units: Sequence[str], network: str | None, layers: Sequence[str | None] | None
+    encoder: Encoder, members: Sequence[EncoderUnit], network: str | None, layers: Sequence[str | None] | None
 ) -> UnitReader:
     """A reader of these units of the encoder, by a copy of it, or of `network` with heads on `layers` (its output where None).
     Raises ValueError for units of another encoder, and for what `load_encoder` would refuse."""
-    members = list({m.name: m for u in units for m in build_unit(u).load().members}.values())
     strange = [m.name for m in members if m.encoder is not encoder]
     if strange:
         raise ValueError(
@@ -111,14 +132,9 @@ def save_twin(twin: Encoder | UnitReader, config: TwinConfig, folder: Path) -> P
 
 
 def load_twin(folder: str | Path, encoders: Iterable[Encoder], prior_sha256: str) -> NoiseAware:
-    """The twin in a folder, of one of these encoders and under this prior. Raises FileNotFoundError where there is none,
-    ValueError for one of another encoder or prior, or with weights that do not fit."""
-    folder = Path(folder)
-    if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
-        raise FileNotFoundError(
-            f"model.noise_aware {folder}: expected a folder with {CONFIG} and {WEIGHTS}, as `train.py fit` of a "
-            "NoiseAwareModule writes to OUT/noise-aware"
-        )
+    """The twin in a folder, or the "bundled" one, of one of these encoders and under this prior. Raises
+    FileNotFoundError where there is none, ValueError for one of another encoder or prior, or with weights that do not fit."""
+    folder = twin_folder(folder)
     try:
         told = json.loads((folder / CONFIG).read_text())
         config = TwinConfig(**told | {"log_snr": tuple(float(x) for x in told["log_snr"])})
@@ -140,7 +156,10 @@ def load_twin(folder: str | Path, encoders: Iterable[Encoder], prior_sha256: str
             f"({config.prior['sha256'][:12]}), this run has {prior_sha256[:12]}: train one under this prior, or leave it out"
         )
     weights = read_weights(str(folder / WEIGHTS))
-    twin = reader_of(mine, config.units, config.network, config.layers) if config.units else twin_of(mine)
+    twin = twin_of(mine)
+    if config.units:
+        units = [EncoderUnit(Address.parse(f"bundled,{u}")).load(mine) for u in config.units]
+        twin = reader_of(mine, units, config.network, config.layers)
     try:
         (twin if config.units else twin.model).load_state_dict(
             {k: v.to(torch.float32) if v.is_floating_point() else v for k, v in weights.items()}

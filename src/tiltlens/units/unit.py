@@ -73,9 +73,10 @@ class EncoderUnit(Unit):
         place = {name: getattr(address, name) for name in ("layer", "tokens", "reduction")}
         self.address = replace(address, **kind.place(address.value, place))
 
-    def load(self) -> "EncoderUnit":
+    def load(self, encoder: Encoder | None = None) -> "EncoderUnit":
+        """encoder: one that is at hand, in place of the one that the address names."""
         if self._pick is None:
-            encoder = load_encoder(self.address.encoder, self.address.weights)
+            encoder = encoder or load_encoder(self.address.encoder, self.address.weights)
             encoder.require_layer(self.address.layer)
             self._pick = KINDS[self.address.kind].bind(self.address.value, encoder)
             self.encoder = encoder
