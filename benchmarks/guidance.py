@@ -10,7 +10,7 @@ gets below -log Z(s). All rows of a unit share one pool of unguided samples (its
 log Z(l) of the bound; --bound draws more of them for these three, for 256 cannot tell log Z at a shift of two), and all
 guidances share their seeds and twins. p is the law of this chain at strength 0. The twist
 of Calibrated sees no more than sample.py gives it: the first --pilot trajectories of the pool. Learned learns on all of it.
-Rows called noise-aware read clean estimates by the twin of --noise-aware (a folder of NoiseAwareModule), the others never do.
+Rows called noise-aware read clean estimates by the twin of --noise-aware (a folder of NoiseAwareModule, or bundled), the others never do.
 
 +- is one standard error: bootstrap over seeds and pool, seeds in common. A kl_lower with ">=" lies at the edge of
 what the pool can say of log Z: a bound still, but not the sharpest. The energy is linear, where MomentMatched and

@@ -21,7 +21,7 @@ from tiltlens.priors import load_prior
 from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler
 from tiltlens.units import Encoder, UnitBank, build_unit, load_encoder, register_encoder
-from tiltlens.units.noise_aware import TwinConfig, load_twin, place, save_twin, twin_of
+from tiltlens.units.noise_aware import NoiseAware, TwinConfig, load_twin, place, save_twin, twin_of
 from tiltlens.units.twins import adopt_twins
 
 UNITS = ["small-net,channel=1", "small-net,layer=0,channel=2"]
@@ -105,6 +105,9 @@ def test_a_run_is_named_by_its_twin(parts):
     module.load()
     (sha256,) = module.describe()["noise_aware"].values()
     assert len(sha256) == 64
+    twin, config = module.bank.twins[parts[2].fingerprint], parts[3]
+    assert NoiseAware(twin.twin, config).sha256 == sha256
+    assert NoiseAware(twin.twin, replace(config, log_snr=(-1.0, 3.0))).sha256 != sha256
     plain = SamplingModule(str(folder / "prior"), UNITS[0], steps=4)
     plain.load()
     assert "noise_aware" not in plain.describe()

@@ -12,6 +12,7 @@ units alone the twin is a `UnitReader`, which knows the noise level and may be o
 """
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -51,12 +52,13 @@ class TwinConfig:
 
 
 class NoiseAware(nn.Module):
-    """The twin of one encoder. sha256: of its weights."""
+    """The twin of one encoder. sha256: of its weights, and of the levels and units that it reads."""
 
     def __init__(self, twin: Encoder | UnitReader, config: TwinConfig):
         super().__init__()
         self.twin, self.config = twin, config
-        self.sha256 = fingerprint(_state(twin))
+        read = f"{fingerprint(_state(twin))} {config.log_snr} {config.units}"
+        self.sha256 = hashlib.sha256(read.encode()).hexdigest()
 
     def at(self, log_snr: float) -> bool:
         """Whether the twin reads at this noise level."""
