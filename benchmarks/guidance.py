@@ -135,7 +135,7 @@ class Bench:
         self.bank.validate(self.prior.image_size)
         aware = UnitBank(self.bank.units)
         if asked.noise_aware:
-            adopt_twins(aware, [asked.noise_aware], self.prior)
+            adopt_twins(aware, [asked.noise_aware], self.prior.fingerprint)
         self.banks = {False: self.bank, True: aware}
         self.names = [u.name for u in self.bank.units]
         start = time.perf_counter()

@@ -77,7 +77,7 @@ class Bench:
         )
         bank.validate(prior.image_size)
         if twin:
-            adopt_twins(bank, [twin], prior)
+            adopt_twins(bank, [twin], prior.fingerprint)
         self.sampler = Sampler(prior, bank, Linear(), self.guidance, asked.steps, device=asked.device)
         start = time.perf_counter()
         self.pilots = self.sampler.run_pilot(

@@ -3,7 +3,6 @@
 import json
 from importlib.resources import files
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,7 +75,7 @@ def test_the_noise_aware_reader_is_of_this_encoder_and_prior_and_tells_more_than
 def test_auto_takes_the_reader_where_it_fits_and_the_encoder_elsewhere():
     prior = load_prior("bundled")
     bank = UnitBank([build_unit(u) for u in ("bundled,class=horse", "bundled,class=deer")])
-    (note,) = adopt_twins(bank, ["auto"], prior)
+    (note,) = adopt_twins(bank, ["auto"], prior.fingerprint)
     assert "does not know bundled,class=deer" in note
     assert len(bank.twins) == 1
     x, each = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
@@ -84,15 +83,15 @@ def test_auto_takes_the_reader_where_it_fits_and_the_encoder_elsewhere():
     assert told[0] != own[0]
     assert told[1] == own[1]
     for unit, other in (
-        ("bundled,class=deer", prior),
-        ("projection[1,0]", prior),
-        ("bundled,class=horse", SimpleNamespace(fingerprint="another")),
+        ("bundled,class=deer", prior.fingerprint),
+        ("projection[1,0]", prior.fingerprint),
+        ("bundled,class=horse", "another"),
     ):
         without = UnitBank([build_unit(unit)])
         adopt_twins(without, ["auto"], other)
         assert not without.twins
     with pytest.raises(ValueError, match="found bundled,class=deer: train one for it"):
-        adopt_twins(UnitBank([build_unit("bundled,class=deer")]), ["bundled"], prior)
+        adopt_twins(UnitBank([build_unit("bundled,class=deer")]), ["bundled"], prior.fingerprint)
 
 
 def test_a_name_is_one_image_in_any_company():

@@ -228,7 +228,7 @@ def test_a_twin_of_some_units_reads_these_and_no_others(parts, tmp_path):
     with pytest.raises(
         ValueError, match=r"was trained for layer=0,channel=2 alone, found small-net,channel=1"
     ):
-        adopt_twins(both, [tmp_path], prior)
+        adopt_twins(both, [tmp_path], prior.fingerprint)
     torch.nn.init.normal_(module.twin.level[-1].weight)
     save_twin(module.twin, replace(config, units=["layer=0,channel=2"]), tmp_path)
     both.adopt(load_twin(tmp_path, [encoder], prior.fingerprint))

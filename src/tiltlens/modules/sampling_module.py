@@ -107,7 +107,7 @@ class SamplingModule(LightningModule):
         if self.natural and not prior.images:
             raise ValueError(f"model.natural is an image folder, but the prior {prior.name} has no images")
         bank.validate(prior.image_size or prior.denoiser.shape)
-        for note in adopt_twins(bank, self.noise_aware, prior):
+        for note in adopt_twins(bank, self.noise_aware, prior.fingerprint):
             rank_zero_info(note)
         self.bank, self.prior = bank, prior
 

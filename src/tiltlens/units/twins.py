@@ -3,14 +3,13 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from tiltlens.priors.prior import Prior
 from tiltlens.units.bank import UnitBank
 from tiltlens.units.noise_aware import load_twin
 
 AUTO = "auto"
 
 
-def adopt_twins(bank: UnitBank, folders: Iterable[str | Path], prior: Prior) -> list[str]:
+def adopt_twins(bank: UnitBank, folders: Iterable[str | Path], prior_sha256: str) -> list[str]:
     """Gives a bank the twins of these folders. "auto" is the bundled one, where prior and encoder are those that it was trained
     for, and reads the units that it knows; any other has to fit. Returns what to tell: of "auto", what it does not read.
 
@@ -20,7 +19,7 @@ def adopt_twins(bank: UnitBank, folders: Iterable[str | Path], prior: Prior) -> 
     for folder in folders:
         auto = str(folder) == AUTO
         try:
-            twin = load_twin("bundled" if auto else folder, bank.encoders, prior.fingerprint)
+            twin = load_twin("bundled" if auto else folder, bank.encoders, prior_sha256)
         except ValueError:
             if not auto:
                 raise
