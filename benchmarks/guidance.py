@@ -52,8 +52,12 @@ GUIDANCES = {
     "Calibrated": lambda: Calibrated(memory=0, smoothing=1),
     "Calibrated, memory": lambda: Calibrated(smoothing=1),
     "Calibrated, memory, 4 views": lambda: Calibrated(smoothing=4),
+    "Calibrated, memory, natural law": lambda: Calibrated(smoothing=1, law="natural"),
     "Learned": Learned,
+    "Learned, gaussian law": lambda: Learned(law="gaussian"),
     "Calibrated, memory, noise-aware": lambda: Calibrated(smoothing=1),
+    "Calibrated, memory, natural law, noise-aware": lambda: Calibrated(smoothing=1, law="natural"),
+    "Learned, gaussian law, noise-aware": lambda: Learned(law="gaussian"),
     "Learned, noise-aware": Learned,
 }
 AWARE = ", noise-aware"  # clean estimates are read by the twin of --noise-aware

@@ -17,11 +17,12 @@ LINE = ([0.6, 0.4], [[-1.0], [1.2]], [0.3, 0.15])
 GUIDANCES = {
     "dps": DPS, "lgd": lambda: LGD(samples=2), "mpgd": MPGD, "moment matched": MomentMatched, "exact": Exact,
     "calibrated": Calibrated, "calibrated, no memory": lambda: Calibrated(memory=0),
+    "calibrated, natural": lambda: Calibrated(law="natural"),
 }  # fmt: skip
 ENERGIES = {"linear": Linear(False), "target": Target(1.0, 0.8, False), "threshold": Threshold(1.5, False)}
 LEVELS = {"linear": 0.0, "target": 1.0, "threshold": 1.5}
-# with memory the shift depends on the whole past, but for a linear energy of a projection, whose gradient is constant
-# (and LGD is DPS)
+# with memory the shift depends on the whole past, but where what it remembers is constant: the gradient of a projection, and
+# of its linear energy (and LGD is DPS)
 MARKOV = [
     (g, e)
     for g in GUIDANCES

@@ -18,12 +18,16 @@ STEPS = 10
 GUIDANCES = {
     "dps": DPS, "lgd": LGD, "mpgd": MPGD, "moment matched": MomentMatched, "exact": Exact, "calibrated": Calibrated,
     "calibrated, no memory": lambda profile=None: Calibrated(memory=0, profile=profile), "learned": Learned,
+    "calibrated, natural": lambda profile=None: Calibrated(law="natural", profile=profile),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", GUIDANCES)
 
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+ACTIVATIONS = torch.cat([0.3 * normal(50), 1.5 + 0.2 * normal(10)]).sort().values
 
 
 def pilot_tables(slope=1.0, residual=0.0, units=2):
@@ -35,7 +39,8 @@ def pilot_tables(slope=1.0, residual=0.0, units=2):
 
 def constraint(prior, energy, directions=W):
     bank = UnitBank([Projection(w) for w in directions])
-    return Constraint(bank, energy, [Natural.identity(u) for u in bank.units], prior.decode)
+    naturals = [Natural(torch.zeros(1), torch.ones(1), 0.0, 1.0, ACTIVATIONS.clone()) for _ in bank.units]
+    return Constraint(bank, energy, naturals, prior.decode)
 
 
 def bind(guidance, prior, energy, strengths, which=None, tables=None, directions=W):

@@ -294,7 +294,7 @@ def test_features_come_with_the_same_forward(kind, tmp_path):
 
 def test_the_default_is_calibrated():
     """Untaught, or where the pilot tells no better, to rounding."""
-    learned, calibrated = taught(Learned(redraws=2)), taught(Calibrated(redraws=2))
+    learned, calibrated = taught(Learned(redraws=2)), taught(Calibrated(redraws=2, law="natural"))
     learned.guidance.adopt([Lesson.default(20, len(learned.guidance.candidates) + 1)])
     rows = [Row(0, 1.0, seed) for seed in range(8)]
     one, two = learned.sample(rows), calibrated.sample(rows)
@@ -369,7 +369,9 @@ def test_rows_with_a_head_and_without_never_meet():
 def test_log_psi_is_that_of_clean_estimate_and_head():
     """log tilt of N(c + rho u + w.x + o, r^2 (1 - gain)), at a step with a head."""
     made, energy = (
-        taught(Learned(shadows=128), TWO, [Misread([1.0, 0.0])], 20, 256, Target(1.5, 0.5, False)),
+        taught(
+            Learned(shadows=128, law="gaussian"), TWO, [Misread([1.0, 0.0])], 20, 256, Target(1.5, 0.5, False)
+        ),
         1.5,
     )
     g, tables = made.guidance, made.tables

@@ -48,7 +48,7 @@ class Unpushed(DPS):
 
 GUIDANCES = {
     "dps": DPS, "lgd": lambda: LGD(samples=2), "mpgd": MPGD, "moment matched": MomentMatched, "exact": Exact,
-    "calibrated": Calibrated, "wrong": Wrong, "unpushed": Unpushed, "late": lambda: DPS([0.1, 0.7]),
+    "calibrated": Calibrated, "natural": lambda: Calibrated(law="natural"), "wrong": Wrong, "unpushed": Unpushed, "late": lambda: DPS([0.1, 0.7]),
 }  # fmt: skip
 LINEAR, TARGET, THRESHOLD = Linear(False), Target(0.8, 1.2, False), Threshold(1.0, False)
 
@@ -105,7 +105,11 @@ def z_score(found, size, truth):
 # --- Z ------------------------------------------------------------------------------------
 
 CASES = [
-    *((name, threshold, TARGET) for name in ("dps", "calibrated", "wrong") for threshold in (0.0, 0.8, 1.0)),
+    *(
+        (name, threshold, TARGET)
+        for name in ("dps", "calibrated", "natural", "wrong")
+        for threshold in (0.0, 0.8, 1.0)
+    ),
     *((name, 1.0, TARGET) for name in ("lgd", "mpgd", "moment matched", "unpushed", "late")),
     *((name, 1.0, energy) for name, energy in (("exact", LINEAR), ("mpgd", THRESHOLD))),
 ]
@@ -240,7 +244,7 @@ class Raised(Target):
         return super().log_tilt(mean, variance, strength, level) - 7 * strength
 
 
-@pytest.mark.parametrize("name", ["dps", "calibrated", "lgd", "exact"])
+@pytest.mark.parametrize("name", ["dps", "calibrated", "natural", "lgd", "exact"])
 def test_a_constant_in_the_energy_moves_log_z_alone(name):
     plain, raised = (
         sampler(name, Particles(8, 0.9), kind(0.8, 0.6, False)).sample(rows(8, 12, 2.0))

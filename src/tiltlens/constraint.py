@@ -35,6 +35,11 @@ class Constraint:
         self.std = torch.tensor([n.std for n in naturals], dtype=torch.float64)
         self.level = torch.tensor([energy.resolve_level(n) for n in naturals], dtype=torch.float64)
 
+    def natural_arguments(self) -> list[Tensor]:
+        """What the energy reads on natural images, unit by unit: (P,) sorted, empty where there is no reference."""
+        standardise = self.energy.standardise
+        return [(n.activations - n.mean) / n.std if standardise else n.activations for n in self.naturals]
+
     def rows(self, which: Tensor, strength: Tensor) -> "RowConstraint":
         """which (B,) unit indices, strength (B,) >= 0."""
         return RowConstraint(self, which, strength)
@@ -78,5 +83,5 @@ class RowConstraint:
         return self.energy(self.argument(a), self.level)
 
     def log_tilt(self, mean: Tensor, variance: Tensor | float) -> Tensor:
-        """log E[exp(-s E)] of each row for an argument ~ N(mean, variance), (B,)."""
+        """log E[exp(-s E)] of each row for an argument ~ N(mean, variance): (B,), or (M, B) of M Gaussians a row."""
         return self.energy.log_tilt(mean, variance, self.strength, self.level)

@@ -5,10 +5,12 @@ trajectories regresses a(x_0) on u_t at every step, a(x_0) | u_t ~ N(c_t + rho_t
 
     psi_t = E[exp(-s E(a))],  a ~ N(c_t + rho_t u_t, r_t^2),      for E = -a:  log psi_t = s rho_t u_t + const,
 
-so that strength means what it says and nothing is spent where the unit cannot be read. Memory: single-step gradients
-are mostly noise that later steps undo, and KL pays for both; their running average along the trajectory, with time
-constant `memory` in units of log-SNR, is pulled back through the denoiser instead. The shift may depend on the whole
-past, so that all weights stay exact. Smoothing: the gradient is averaged over a few shifts and flips of the image.
+so that strength means what it says and nothing is spent where the unit cannot be read. With law = "natural" a is not
+Gaussian but of the unit's own law on natural images, mean and residual variance as before (`tiltlens.guidance.channel`). Memory: single-step
+gradients are mostly noise that later steps undo, and KL pays for both; their running average along the trajectory, with time
+constant `memory` in units of log-SNR, is pulled back through the denoiser instead. What is averaged is d(-s E)/d x0_hat; with the natural law,
+whose force d log psi / d mean changes along the way, it is du/d x0_hat, and the force is the present one. The shift may
+depend on the whole past, so that all weights stay exact. Smoothing: the gradient is averaged over a few shifts and flips of the image.
 Redraws: what steers is the mean gradient over the x_0 that x_t may come from, and not the gradient at their mean: by
 Stein's lemma, for x_0 | x_t about N(x0_hat, C), grad_{x_t} E[a(x_0) | x_t] = (alpha_t / sigma_t^2) C E[grad a(x_0) | x_t]. So
 the gradient is averaged, too, over estimates of x_t with a part of its noise drawn anew.
@@ -22,9 +24,11 @@ import torch
 from torch import Tensor
 
 from tiltlens.constraint import RowConstraint
+from tiltlens.guidance.channel import NaturalLaws
 from tiltlens.guidance.guidance import Guidance, PilotTables, Step, per_row
 
 KAPPA = 0.5  # of the noise that is drawn anew; at 0.8 the images are those of a blurrier prior, and mislead
+LAWS = ("gaussian", "natural")
 VIEWS = [(dy, dx, flip) for dy, dx in ((0, 0), (1, -1), (-1, 1), (1, 1), (-1, -1)) for flip in (False, True)]
 
 
@@ -42,12 +46,20 @@ class Calibrated(Guidance):
     memory: time constant of the running average in units of log-SNR; b = exp(-step / memory), 0.8 a step at 40 steps;
     0 switches it off. smoothing: views of the clean estimate (flips, shifts of a pixel) averaged, each one pass of the
     encoder; 1 is the image as it is. Vectors have one view. redraws: estimates with noise drawn anew that are averaged
-    besides, each one more forward of the denoiser, without a graph, and a pass of the encoder.
+    besides, each one more forward of the denoiser, without a graph, and a pass of the encoder. law: of a(x_0) given its
+    mean, gaussian or natural; a unit without natural activations has the Gaussian one.
     """
 
     needs_pilot = True
 
-    def __init__(self, memory: float = 2.0, smoothing: int = 2, redraws: int = 0, profile: Any = None):
+    def __init__(
+        self,
+        memory: float = 2.0,
+        smoothing: int = 2,
+        redraws: int = 0,
+        law: str = "gaussian",
+        profile: Any = None,
+    ):
         super().__init__(profile)
         if not (math.isfinite(memory) and memory >= 0):
             raise ValueError(f"Calibrated: memory is a time in log-SNR, a number >= 0; found {memory}")
@@ -55,12 +67,19 @@ class Calibrated(Guidance):
             raise ValueError(f"Calibrated: smoothing must lie in 1..{len(VIEWS)}, found {smoothing}")
         if redraws < 0:
             raise ValueError(f"Calibrated: redraws must be a whole number >= 0, found {redraws}")
-        self.memory, self.smoothing, self.redraws = memory, smoothing, redraws
+        if law not in LAWS:
+            raise ValueError(f"{type(self).__name__}: law must be one of {', '.join(LAWS)}, found {law!r}")
+        self.memory, self.smoothing, self.redraws, self.law = memory, smoothing, redraws, law
         self._tables: PilotTables | None = None
+        self._known: list[Tensor] = []
+        self._natural: NaturalLaws | None = None
 
     def prepare(self, pilot: PilotTables | None, prior: Any, constraint: Any) -> None:
         super().prepare(pilot, prior, constraint)
         self._tables = pilot
+        self._known = constraint.natural_arguments() if self.law == "natural" else []
+        told = self._known and all(len(a) for a in self._known)
+        self._natural = NaturalLaws.of(self._known, pilot.residual_variance) if told else None
 
     def start(self, x_t: Tensor) -> Memory:
         return Memory(torch.zeros_like(x_t), torch.zeros(len(x_t), dtype=x_t.dtype, device=x_t.device))
@@ -78,22 +97,36 @@ class Calibrated(Guidance):
         images = rows.decode(clean)
         views = views_of(images, self.smoothing, step.number)
         u = rows.argument(rows.read(views, step.log_snr)).reshape(-1, len(clean)).mean(0)
-        mean = intercept + slope * u.detach()
-        mean.requires_grad_()
-        log_psi = rows.log_tilt(mean, variance)
+        mean = (intercept + slope * u.detach()).requires_grad_()
+        log_psi = self.log_psi(mean, variance, step, rows)
         (force,) = torch.autograd.grad(log_psi.sum(), mean)
-        (h,) = torch.autograd.grad((force * u).sum(), clean)
+        fed, present = self._forces(force)
+        (h,) = torch.autograd.grad((fed * u).sum(), clean)
         if self.redraws:
-            h = (h + self.redraws * self._redrawn(force, step, rows)) / (1 + self.redraws)
+            h = (h + self.redraws * self._redrawn(fed, step, rows)) / (1 + self.redraws)
         h, weight = self._remember(h, slope, step, memory)
         average = h / per_row(weight.clamp_min(1e-12), h)
-        return average, Memory(h, weight), lambda g, _: (per_row(slope, g) * g, log_psi)
+        return per_row(present, h) * average, Memory(h, weight), lambda g, _: (per_row(slope, g) * g, log_psi)
 
-    def _redrawn(self, force: Tensor, step: Step, rows: RowConstraint) -> Tensor:
-        """d(force u) / d x0_hat (B, *shape), averaged over redrawn estimates."""
+    def log_psi(self, mean: Tensor, variance: Tensor, step: Step, rows: RowConstraint) -> Tensor:
+        """log E[exp(-s E(a))] (B,) for an argument a of this mean (B,), at this step; differentiable in the mean. variance: of the
+        Gaussian law."""
+        if self._natural is None:
+            return rows.log_tilt(mean, variance)
+        channel = self._natural.rows(rows.which, step.number, mean)
+        log_w, means, variances = channel.law(channel.at(mean))
+        return torch.logsumexp(log_w.T + rows.log_tilt(means.T, variances.T), 0).to(mean)
+
+    def _forces(self, force: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) each: what a gradient is multiplied with before it is remembered, and after."""
+        ones = torch.ones_like(force)
+        return (force, ones) if self._natural is None else (ones, force)
+
+    def _redrawn(self, fed: Tensor, step: Step, rows: RowConstraint) -> Tensor:
+        """d(fed u) / d x0_hat (B, *shape), averaged over redrawn estimates."""
         around = step.redraw(self.redraws, KAPPA).requires_grad_()
         u = rows.argument(rows.read(rows.decode(around), step.log_snr))
-        (h,) = torch.autograd.grad((force.repeat(self.redraws) * u).sum(), around)
+        (h,) = torch.autograd.grad((fed.repeat(self.redraws) * u).sum(), around)
         return h.unflatten(0, (self.redraws, -1)).mean(0)
 
     def _remember(self, h: Tensor, slope: Tensor, step: Step, memory: Memory) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from tiltlens.constraint import RowConstraint
 from tiltlens.denoiser import Denoiser
 from tiltlens.guidance.calibrated import Calibrated, Memory, views_of
+from tiltlens.guidance.channel import NaturalLaws
 from tiltlens.guidance.guidance import (
     Guidance,
     PilotTables,
@@ -112,9 +113,9 @@ class Learned(Calibrated):
 
     def __init__(
         self, memory: float = 2.0, smoothing: int = 2, redraws: int = 0, shadows: int = 128, head: bool = True,
-        profile: Any = None,
+        law: str = "natural", profile: Any = None,
     ):  # fmt: skip
-        super().__init__(memory, smoothing, redraws, profile)
+        super().__init__(memory, smoothing, redraws, law, profile)
         if shadows < LEAST_PILOT:
             raise ValueError(f"Learned: shadows must be at least {LEAST_PILOT}, found {shadows}")
         self.shadows, self.head = shadows, head
@@ -159,6 +160,8 @@ class Learned(Calibrated):
         self._weight = torch.stack([pad(s) for s in lessons])
         self._offset = torch.stack([s.offset for s in lessons])
         self._residual = self._tables.residual_variance * (1 - torch.stack([s.gain for s in lessons]))
+        if self._natural is not None:
+            self._natural = NaturalLaws.of(self._known, self._residual)
 
     def outcome(self) -> list[dict]:
         return [s.plain() for s in self._lessons]
@@ -193,14 +196,15 @@ class Learned(Calibrated):
         read = bool((slope != 0).any())  # where a head alone can tell, the encoder need not run
         u = self.read(clean, step, rows) if read else torch.zeros_like(slope)
         mean = (mean + slope * u.detach()).detach().requires_grad_()
-        log_psi = rows.log_tilt(mean, variance)
+        log_psi = self.log_psi(mean, variance, step, rows)
         (force,) = torch.autograd.grad(log_psi.sum(), mean)
+        fed, present = self._forces(force)
         shares = self._row(self._multipliers, step, rows)
         cotangent = torch.zeros_like(clean)
         if read:
-            averages, memory = self.average(self.sources(clean, u, force, step, rows), slope, step, memory)
+            averages, memory = self.average(self.sources(clean, u, fed, step, rows), slope, step, memory)
             for k, h in enumerate(averages):
-                cotangent = cotangent + per_row(slope * shares[:, k], h) * h
+                cotangent = cotangent + per_row(present * slope * shares[:, k], h) * h
         outputs, pulled = [x0_hat], [cotangent.to(x0_hat.dtype)]
         if headed:
             outputs.append(phi)
@@ -219,15 +223,13 @@ class Learned(Calibrated):
         views = views_of(rows.decode(clean), self.smoothing, step.number)
         return rows.argument(rows.read(views, step.log_snr)).reshape(-1, len(clean)).mean(0)
 
-    def sources(
-        self, clean: Tensor, u: Tensor, force: Tensor, step: Step, rows: RowConstraint
-    ) -> list[Tensor]:
-        """The gradients d(force u)/d x0_hat that memories are fed with, (B, *shape) each: with redraws averaged over them,
+    def sources(self, clean: Tensor, u: Tensor, fed: Tensor, step: Step, rows: RowConstraint) -> list[Tensor]:
+        """The gradients d(fed u)/d x0_hat that memories are fed with, (B, *shape) each: with redraws averaged over them,
         then that of the estimate alone, which without redraws is the only one."""
-        (own,) = torch.autograd.grad((force * u).sum(), clean)
+        (own,) = torch.autograd.grad((fed * u).sum(), clean)
         if not self.redraws:
             return [own]
-        return [(own + self.redraws * self._redrawn(force, step, rows)) / (1 + self.redraws), own]
+        return [(own + self.redraws * self._redrawn(fed, step, rows)) / (1 + self.redraws), own]
 
     def average(
         self, sources: list[Tensor], slope: Tensor, step: Step, memory: Memory

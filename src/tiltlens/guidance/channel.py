@@ -1,0 +1,141 @@
+"""What a(x_0) may be where a clean estimate says that its mean is mu: the unit's natural law, seen through a Gaussian channel.
+
+A unit of natural images is seldom Gaussian (a class is a rare mode far from the rest), and then a Gaussian twist, whose force
+is the strength whatever mu is, steers worst where it matters: between the modes. If x_t told of a(x_0) what a Gaussian
+channel of precision kappa tells, the law of a(x_0) given x_t were a member of one family,
+
+    p(a | lambda) ~ p(a) exp(lambda a - kappa a^2 / 2),      E[a | lambda] = mu,
+
+with p the law of the unit on natural images. The pilot knows all of it: p is the law of its activations, kappa_t is the
+precision at which the channel leaves the residual variance r_t^2 of the regression of a(x_0) on u_t, and mu = c_t + rho_t u_t. For
+a Gaussian p this is N(mu, r_t^2), the Gaussian twist; otherwise the force of E = -a is
+
+    d log psi / d mu = (E[a | lambda + s] - E[a | lambda]) / Var[a | lambda],
+
+s where nothing is in doubt, more for an image that may still fall into a higher mode, less for one that is there.
+
+p is a sum of equal Gaussians on at most ATOMS quantile means of the activations, of Silverman's width, drawn together so that mean and
+variance are those of the activations. Every sum is over a row's own atoms: a row never depends on another.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ATOMS = 64
+GRID = 96  # precisions at which the channel's residual variance is tabulated
+NODES = 12  # of Gauss-Hermite quadrature over its noise
+NEWTON = 40
+
+
+@dataclass(frozen=True)
+class Channel:
+    """atoms (B, M): centres; width2 (B,): variance of each; kappa (B,). float64."""
+
+    atoms: Tensor
+    width2: Tensor
+    kappa: Tensor
+
+    def law(self, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """p(a | lambda) as a mixture: log weights (B, M), means (B, M), variance of each (B, 1)."""
+        lam, width2, kappa = lam[:, None], self.width2[:, None], self.kappa[:, None]
+        spread = 1 / (1 + kappa * width2)
+        log_w = spread * (lam * self.atoms - kappa * self.atoms.square() / 2)
+        return log_w.log_softmax(1), spread * (self.atoms + width2 * lam), spread * width2
+
+    def moments(self, lam: Tensor) -> tuple[Tensor, Tensor]:
+        """E[a | lambda] and Var[a | lambda], (B,)."""
+        log_w, mean, variance = self.law(lam)
+        w = log_w.exp()
+        first = (w * mean).sum(1)
+        return first, (w * (mean - first[:, None]).square()).sum(1) + variance[:, 0]
+
+    def at(self, mu: Tensor) -> Tensor:
+        """lambda (B,) float64 with E[a | lambda] = mu (B,), by Newton's method in a bracket; differentiable in mu."""
+        lam = self._solve(mu.detach().double())
+        first, variance = self.moments(lam)
+        return (
+            lam + (mu.double() - first) / variance
+        )  # one more step, whose derivative is that of the inverse
+
+    @torch.no_grad()
+    def _solve(self, mu: Tensor) -> Tensor:
+        scale = 1 + self.kappa * self.width2
+        low = (mu * scale - self.atoms.amax(1)) / self.width2
+        high = (mu * scale - self.atoms.amin(1)) / self.width2
+        lam = torch.zeros_like(mu).clamp(low, high)
+        for _ in range(NEWTON):
+            first, variance = self.moments(lam)
+            low, high = torch.where(first <= mu, lam, low), torch.where(first >= mu, lam, high)
+            step = lam + (mu - first) / variance
+            lam = torch.where((step > low) & (step < high), step, (low + high) / 2)
+        return lam
+
+
+@dataclass(frozen=True)
+class NaturalLaws:
+    """atoms (units, M), width2 (units,), kappa (units, steps); float64."""
+
+    atoms: Tensor
+    width2: Tensor
+    kappa: Tensor
+
+    @classmethod
+    def of(cls, arguments: Sequence[Tensor], residual_variance: Tensor) -> "NaturalLaws":
+        """arguments: of the energy on natural images, (P,) for each unit. residual_variance (units, steps)."""
+        laws = [_smooth(a.double()) for a in arguments]
+        count = max(len(a) for a, _ in laws)
+        # fewer atoms than others: each is there several times, so that all weigh alike
+        atoms = torch.stack([a[torch.arange(count) * len(a) // count] for a, _ in laws])
+        width2 = torch.stack([w for _, w in laws])
+        kappa = torch.stack([_precisions(*x) for x in zip(atoms, width2, residual_variance.double())])
+        return cls(atoms, width2, kappa)
+
+    def rows(self, which: Tensor, number: int, like: Tensor) -> Channel:
+        """Of rows of units `which` (B,), at step `number`."""
+        which = which.cpu()
+        return Channel(
+            *(x.to(like.device) for x in (self.atoms[which], self.width2[which], self.kappa[which, number]))
+        )
+
+
+def _smooth(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Atoms (M,) and the variance of each, of a sample (P,)."""
+    a = a[torch.isfinite(a)].sort().values
+    atoms = torch.stack([x.mean() for x in a.tensor_split(min(ATOMS, len(a)))])
+    mean, variance = a.mean(), a.var()
+    quartiles = torch.quantile(a, torch.tensor([0.25, 0.75], dtype=a.dtype))
+    spread = torch.minimum(variance.sqrt(), (quartiles[1] - quartiles[0]) / 1.34)
+    width = 0.9 * torch.maximum(spread, 0.1 * variance.sqrt()) * len(a) ** -0.2
+    scale = ((variance - width**2) / atoms.var(unbiased=False).clamp_min(1e-12)).clamp_min(0).sqrt()
+    return mean + (atoms - atoms.mean()) * scale, width**2
+
+
+def _precisions(atoms: Tensor, width2: Tensor, residual: Tensor) -> Tensor:
+    """kappa (steps,) at which the channel leaves these residual variances, on a logarithmic grid."""
+    variance = float(atoms.var(unbiased=False) + width2)
+    grid = torch.logspace(-3, 5, GRID, dtype=torch.float64) / variance
+    nodes, weights = _hermite(NODES)
+    left = []
+    for kappa in grid:
+        # lambda = kappa a + sqrt(kappa) xi
+        lam = kappa * atoms[:, None] + (kappa + kappa**2 * width2).sqrt() * nodes
+        flat = lam.flatten()
+        channel = Channel(atoms.expand(len(flat), -1), width2.expand(len(flat)), kappa.expand(len(flat)))
+        left.append((channel.moments(flat)[1].unflatten(0, lam.shape) @ weights).mean())
+    left = torch.stack(left).flip(0).cummax(0).values  # increasing, from the finest channel to the dullest
+    at = torch.searchsorted(left, residual.clamp(left[0], left[-1]).contiguous()).clamp(1, GRID - 1)
+    low, high = left[at - 1], left[at]
+    share = ((residual - low) / (high - low).clamp_min(1e-30)).clamp(0, 1)
+    log_grid = grid.log().flip(0)
+    kappa = (log_grid[at - 1] + share * (log_grid[at] - log_grid[at - 1])).exp()
+    return torch.where(residual >= left[-1], torch.zeros_like(kappa), kappa)
+
+
+def _hermite(count: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of E[f(xi)], xi ~ N(0, 1)."""
+    x, w = np.polynomial.hermite_e.hermegauss(count)
+    return torch.from_numpy(x), torch.from_numpy(w / w.sum())
