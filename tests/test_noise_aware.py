@@ -161,7 +161,7 @@ def test_training_brings_the_twin_nearer_to_what_the_encoder_says_of_the_sample(
     def error():
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            return float(module.errors_of(torch.rand(256, 3, 8, 8, generator=generator) * 2 - 1, generator)[0][:, module._means].mean())  # fmt: skip
+            return float(module.errors_of(torch.rand(256, 3, 8, 8, generator=generator) * 2 - 1, generator)[0][:, module.task.told].mean())  # fmt: skip
 
     before = []
     module.on_train_start = lambda: before.append(error())

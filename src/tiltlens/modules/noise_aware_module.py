@@ -1,12 +1,11 @@
 """Training of a noise-aware twin of an encoder (`tiltlens.units.noise_aware`): a regression of its layers on clean estimates.
 
-    x_t = alpha_t x_0 + sigma_t eps,    minimise over the twin   sum_layers log E |twin(x0_hat(x_t)) - encoder(x_0)|^2
+    x_t = alpha_t x_0 + sigma_t eps,    minimise over the twin   sum_columns log E |twin(x0_hat(x_t)) - encoder(x_0)|^2
 
-whose solution at every layer is E[encoder(x_0) | x_t]. The logarithm, by noise level and layer: errors are weighted by one over
-their running mean, for a step of the chain is worth the share of the variance that it tells, at every level alike. Layers
-are compared in units of the encoder's own standard deviation: each position (all tokens, or the map), and their means
-(patches; the cls token), which most units read. x_0: natural images, and samples of the prior itself, in the share `own_share`, for these
-are what guidance meets. For a few units alone the columns are these, and the twin is a reader that is told the noise level.
+whose solution is E[encoder(x_0) | x_t]. The columns (`tiltlens.modules.noise_aware_task`): all layers of the encoder, or a few units, and
+then the twin is a reader that is told the noise level. The logarithm, by noise level and column: errors are weighted by one over
+their running mean, for a step of the chain is worth the share of the variance that it tells, at every level alike.
+x_0: natural images, and samples of the prior itself, in the share `own_share`, for these are what guidance meets.
 """
 
 import time
@@ -20,12 +19,11 @@ from torch import Tensor
 from tiltlens.errors import UserError
 from tiltlens.modules.image_data import Batch, BatchStream
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
-from tiltlens.modules.own_samples import own_samples, read_samples
+from tiltlens.modules.noise_aware_task import LayerTask, UnitTask
+from tiltlens.modules.own_samples import own_samples
 from tiltlens.priors import load_prior
 from tiltlens.units.combination import build_unit
-from tiltlens.units.encoder import Encoder
 from tiltlens.units.noise_aware import TwinConfig, place, reader_of, save_twin, twin_of
-from tiltlens.units.readout import positions
 from tiltlens.units.sources import load_encoder
 
 OUTPUT = "output"  # the encoder's own output, in `layers`
@@ -93,8 +91,6 @@ class NoiseAwareModule(LightningModule):
             except ValueError as error:
                 raise UserError(f"model.units, model.network: {error}") from None
         else:
-            for layer in self.layers:
-                source.require_layer(layer)
             self.twin = twin_of(source)
         self.units, self.network = list(self.twin.members) if units else [], network
         self.trained = self.twin.trained() if units else list(self.twin.parameters())
@@ -108,14 +104,18 @@ class NoiseAwareModule(LightningModule):
             raise UserError(f"model.prior {prior} has no images")
         # In a tuple: they are neither trained nor kept in checkpoints.
         self._parts = (source, loaded)
+        self.task = (
+            UnitTask(source, self.twin, loaded.decode)
+            if units
+            else LayerTask(source, self.twin, self.layers, loaded.decode)
+        )
         self.low, self.high = (float(x) for x in log_snr)
         self.until = self.high if until is None else min(float(until), self.high)
         self.own, self.own_share, self.steps = own, own_share, steps
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
-        self.register_buffer("errors", torch.ones(BINS, len(self.weights())))
+        self.register_buffer("errors", torch.ones(BINS, len(self.task.weights)))
         self.own_states: Tensor | None = None
-        self.own_targets: Tensor | None = None
-        self.scales: list[Tensor] = []
+        self._prepared = False
 
     def setup(self, stage: str) -> None:
         size, expected = getattr(self.trainer.datamodule, "size", None), self._parts[1].image_size
@@ -129,24 +129,20 @@ class NoiseAwareModule(LightningModule):
         self._prepare()
 
     def on_validation_start(self) -> None:
-        if not self.scales:  # validate alone
+        if not self._prepared:  # validate alone
             self._prepare()
 
     def _prepare(self) -> None:
-        """The prior's own samples, from the run's folder where they lie there, and the layers' moments."""
+        """The prior's own samples, from the run's folder where they lie there, and the columns' moments."""
         source, prior = self._parts
         source.to(self.device), prior.to(self.device)
         if self.own:
             self.own_states = own_samples(self.trainer, prior, self.own, self.steps, self.device)
-        if self.own and self.units:
-            names = "\n".join(
-                [prior.fingerprint, str(self.trainer.precision), *(m.fingerprint for m in self.units)]
-            )
-            with self.trainer.precision_plugin.forward_context():  # as targets are read in training
-                self.own_targets = read_samples(
-                    self.trainer, self.own_states, names, lambda x: self._raw(prior.decode(x)), self.device
-                )
+        self.task.know(
+            self.own_states, self.trainer, [prior.fingerprint, str(self.trainer.precision)], self.device
+        )
         self._measure()
+        self._prepared = True
 
     def states(
         self, images: Tensor, generator: torch.Generator, held_out: bool = False
@@ -180,83 +176,26 @@ class NoiseAwareModule(LightningModule):
             levels.append(torch.full((len(part),), float(log_snr[t])))
         return torch.cat(out), torch.cat(levels)
 
-    def readouts(self, encoder: Encoder, images: Tensor) -> list[Tensor]:
-        """Two a layer: all positions (B, P, C), and their means (B, 1 or 2, C), the cls token beside them."""
-        outputs, found = encoder.outputs(images, self.layers), []
-        for layer in self.layers:
-            h = outputs[layer].float()
-            everywhere = positions(h, "all", encoder)[0]
-            patches = positions(h, None, encoder)[0]
-            mean = patches.mean(1, keepdim=True)
-            if everywhere.shape[1] - patches.shape[1] > encoder.num_registers:  # the first is the cls token
-                mean = torch.cat([everywhere[:, :1], mean], 1)
-            found += [everywhere, mean]
-        return found
-
-    def _raw(self, images: Tensor) -> Tensor:
-        """The units' activations (B, K), by the encoder."""
-        outputs = self._parts[0].outputs(images, list(dict.fromkeys(m.address.layer for m in self.units)))
-        return torch.stack([m.read(outputs[m.address.layer]) for m in self.units], 1)
-
-    @torch.no_grad()
-    def targets(self, x_0: Tensor, own: Tensor, mirrored: Tensor) -> list[Tensor]:
-        """What the encoder says of x_0: readouts, or (B, 1, 1) of each unit. Of own samples the units are known."""
-        source, prior = self._parts
-        if not self.units:
-            return self.readouts(source, prior.decode(x_0))
-        out, new = x_0.new_zeros(len(x_0), len(self.units)), own < 0
-        if (~new).any():
-            out[~new] = self.own_targets[own[~new], mirrored[~new].long()].to(out)
-        if new.any():
-            out[new] = self._raw(prior.decode(x_0[new])).to(out)
-        return list(out.T[..., None, None])
-
     def errors_of(
         self, images: Tensor, generator: torch.Generator, held_out: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Squared errors (B, columns) in units of the encoder's variance, and log-SNR (B,)."""
-        prior = self._parts[1]
         x_0, own, mirrored = self.states(images, generator, held_out)
         x0_hat, log_snr = self.estimates(x_0, generator)
-        log_snr, targets = log_snr.to(images.device), self.targets(x_0, own, mirrored)
-        if self.units:
-            z = self.twin(prior.decode(x0_hat), log_snr).float()
-            target = (torch.cat(targets, 1)[..., 0] - self.twin.mean) / self.twin.std
-            return (z - target).square(), log_snr
-        found = self.readouts(self.twin, prior.decode(x0_hat))
-        rows = [((f - t) / scale).square().mean((1, 2)) for f, t, scale in zip(found, targets, self.scales)]
-        return torch.stack(rows, 1), log_snr
+        log_snr = log_snr.to(images.device)
+        return self.task.errors(x0_hat, log_snr, self.task.targets(x_0, own, mirrored)), log_snr
 
     @torch.no_grad()
     def _measure(self) -> None:
-        """Standard deviation (P, C) of each readout over the first MOMENTS of what is trained on; of units the mean as well."""
-        data, seen = self.trainer.datamodule, []
-        stream = BatchStream(*data.train_set, data.batch_size, data.seed, shuffle=True)
-        for batch in stream:
+        """The task's moments, over the first MOMENTS of what is trained on."""
+        data, seen, count = self.trainer.datamodule, [], 0
+        for batch in BatchStream(*data.train_set, data.batch_size, data.seed, shuffle=True):
             generator = torch.Generator().manual_seed(batch["seed"])
-            seen.append(self.targets(*self.states(batch["image"].to(self.device), generator)))
-            if len(seen) * len(batch["image"]) >= MOMENTS:
+            seen.append(self.task.targets(*self.states(batch["image"].to(self.device), generator)))
+            count += len(batch["image"])
+            if count >= MOMENTS:
                 break
-        columns = [torch.cat(c) for c in zip(*seen)]
-        spread = [c.std(0) for c in columns]
-        self.scales = [s + 1e-3 * s.mean() + 1e-12 for s in spread]
-        if self.units:
-            self.twin.mean.copy_(torch.stack([c.mean() for c in columns]))
-            self.twin.std.copy_(torch.cat([s.flatten() for s in self.scales]))
-
-    def weights(self) -> Tensor:
-        """(columns,): units alike; the output as much as all other layers, means three times as much as positions."""
-        if self.units:
-            return torch.full((len(self.units),), 1 / len(self.units))
-        output = torch.tensor([float(layer is None) for layer in self.layers])
-        groups = [g / g.sum() for g in (output, 1 - output) if g.sum()]
-        share = sum(groups) / len(groups)
-        return (share[:, None] * torch.tensor([0.25, 0.75])).flatten()
-
-    @property
-    def _means(self) -> slice:
-        """The columns that units read."""
-        return slice(None) if self.units else slice(1, None, 2)
+        self.task.measure(seen)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(batch["seed"])
@@ -266,9 +205,9 @@ class NoiseAwareModule(LightningModule):
             for b in bins.unique():
                 seen = errors[bins == b].mean(0)
                 self.errors[b].lerp_(seen, (1 - KEEP) if self.global_step > 50 else 0.2)
-        loss = ((errors / self.errors[bins]) @ self.weights().to(errors)).mean()
-        self.log("train_loss", (self.errors.log() @ self.weights().to(errors)).mean(), prog_bar=True)
-        self.log("train_error", errors[:, self._means].mean(), batch_size=len(errors))
+        loss = ((errors / self.errors[bins]) @ self.task.weights.to(errors)).mean()
+        self.log("train_loss", (self.errors.log() @ self.task.weights.to(errors)).mean(), prog_bar=True)
+        self.log("train_error", errors[:, self.task.told].mean(), batch_size=len(errors))
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"])
         return loss
 
@@ -276,10 +215,10 @@ class NoiseAwareModule(LightningModule):
         """val_error: of units or means, in units of the variance, all noise levels alike; val_error_output: of the output."""
         generator = torch.Generator().manual_seed(batch["seed"])
         errors, _ = self.errors_of(batch["image"], generator, held_out=True)
-        self.log("val_error", errors[:, self._means].mean(), prog_bar=True, batch_size=len(errors))
-        if None in self.layers and not self.units:
-            column = 2 * self.layers.index(None) + 1
-            self.log("val_error_output", errors[:, column].mean(), prog_bar=True, batch_size=len(errors))
+        self.log("val_error", errors[:, self.task.told].mean(), prog_bar=True, batch_size=len(errors))
+        if self.task.output is not None:
+            output = errors[:, self.task.output].mean()
+            self.log("val_error_output", output, prog_bar=True, batch_size=len(errors))
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(self.trained, self.learning_rate, weight_decay=self.weight_decay)
