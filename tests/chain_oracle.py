@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiltlens.guidance.guidance import Guidance, Step, clean_estimate
+from tiltlens.guidance.guidance import Guidance, clean_estimate
 from tiltlens.sampling.chain import Chain
 
 
@@ -60,8 +60,7 @@ def law_of(
             rows = constraint.rows(
                 torch.zeros(len(state), dtype=torch.long), torch.full_like(state[:, 0], strength)
             )
-            step = Step(number, t, chain.denoiser.schedule, chain.clip,
-                        lambda k, x=x: quadrature.repeat_interleave(len(x), 0)[..., None])  # fmt: skip
+            step = chain.where(number, lambda k, x=x: quadrature.repeat_interleave(len(x), 0)[..., None])
             said = guidance(chain.denoiser, state, step, rows, _regrid(memory, guidance, state))
             memory = said.memory
             shift = shift if said.shift is None else said.shift.reshape(len(share), len(x))

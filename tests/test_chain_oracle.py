@@ -17,7 +17,7 @@ LINE = ([0.6, 0.4], [[-1.0], [1.2]], [0.3, 0.15])
 GUIDANCES = {
     "dps": DPS, "lgd": lambda: LGD(samples=2), "mpgd": MPGD, "moment matched": MomentMatched, "exact": Exact,
     "calibrated": Calibrated, "calibrated, no memory": lambda: Calibrated(memory=0),
-    "calibrated, natural": lambda: Calibrated(law="natural"),
+    "calibrated, natural": lambda: Calibrated(law="natural", finite=True),
 }  # fmt: skip
 ENERGIES = {"linear": Linear(False), "target": Target(1.0, 0.8, False), "threshold": Threshold(1.5, False)}
 LEVELS = {"linear": 0.0, "target": 1.0, "threshold": 1.5}

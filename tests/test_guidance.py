@@ -18,7 +18,7 @@ STEPS = 10
 GUIDANCES = {
     "dps": DPS, "lgd": LGD, "mpgd": MPGD, "moment matched": MomentMatched, "exact": Exact, "calibrated": Calibrated,
     "calibrated, no memory": lambda profile=None: Calibrated(memory=0, profile=profile), "learned": Learned,
-    "calibrated, natural": lambda profile=None: Calibrated(law="natural", profile=profile),
+    "calibrated, natural": lambda profile=None: Calibrated(law="natural", finite=True, profile=profile),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", GUIDANCES)
 

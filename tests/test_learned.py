@@ -215,7 +215,7 @@ def test_shadows_of_the_default_are_what_calibrated_would_do():
     seen = cast(made.guidance, made.chain, made.constraint, made.tables, 0, None, 32, dtype=torch.float64)
     slope = made.tables.slope[0, :-1, None]
     cost = (slope**2 * seen.gram[:, :, 0, 0]).sum(0)
-    guided = Calibrated()
+    guided = Calibrated(law="natural", finite=True)
     guided.prepare(made.tables, made.prior, made.constraint)
     rows = made.constraint.rows(torch.zeros(32, dtype=torch.long), torch.full((32,), s, dtype=torch.float64))
     noise = Noise(range(32), (2,), dtype=torch.float64, domain="pilot")
@@ -294,7 +294,10 @@ def test_features_come_with_the_same_forward(kind, tmp_path):
 
 def test_the_default_is_calibrated():
     """Untaught, or where the pilot tells no better, to rounding."""
-    learned, calibrated = taught(Learned(redraws=2)), taught(Calibrated(redraws=2, law="natural"))
+    learned, calibrated = (
+        taught(Learned(redraws=2)),
+        taught(Calibrated(redraws=2, law="natural", finite=True)),
+    )
     learned.guidance.adopt([Lesson.default(20, len(learned.guidance.candidates) + 1)])
     rows = [Row(0, 1.0, seed) for seed in range(8)]
     one, two = learned.sample(rows), calibrated.sample(rows)
@@ -307,7 +310,7 @@ def test_learned_multipliers_lower_the_gap(s):
     """At 20 steps a Tweedie shift over-tilts; closed-form log Z; predicted before and after with an honest error."""
     prior = GaussianMixture(*PLANE)
     log_z = float(prior.log_z(W, s))
-    learned = taught(Learned(head=False))
+    learned = taught(Learned(head=False, finite=False))
     before, after = gap(taught(Calibrated()), s, log_z), gap(learned, s, log_z)
     value, se = mean_se(before - after)
     assert value > 4 * se, f"the gap falls by {value:.3f} +- {se:.3f}"

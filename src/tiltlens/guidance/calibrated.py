@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tiltlens.constraint import RowConstraint
 from tiltlens.guidance.channel import NaturalLaws
-from tiltlens.guidance.guidance import Guidance, PilotTables, Step, per_row
+from tiltlens.guidance.guidance import Guidance, PilotTables, Step, finite_step, per_row
 
 KAPPA = 0.5  # of the noise that is drawn anew; at 0.8 the images are those of a blurrier prior, and mislead
 LAWS = ("gaussian", "natural")
@@ -47,7 +47,8 @@ class Calibrated(Guidance):
     0 switches it off. smoothing: views of the clean estimate (flips, shifts of a pixel) averaged, each one pass of the
     encoder; 1 is the image as it is. Vectors have one view. redraws: estimates with noise drawn anew that are averaged
     besides, each one more forward of the denoiser, without a graph, and a pass of the encoder. law: of a(x_0) given its
-    mean, gaussian or natural; a unit without natural activations has the Gaussian one.
+    mean, gaussian or natural; a unit without natural activations has the Gaussian one. finite: shifts for steps of finite length
+    (`tiltlens.guidance.guidance.finite_step`); Tweedie's are those of short ones.
     """
 
     needs_pilot = True
@@ -58,6 +59,7 @@ class Calibrated(Guidance):
         smoothing: int = 2,
         redraws: int = 0,
         law: str = "gaussian",
+        finite: bool = False,
         profile: Any = None,
     ):
         super().__init__(profile)
@@ -69,7 +71,8 @@ class Calibrated(Guidance):
             raise ValueError(f"Calibrated: redraws must be a whole number >= 0, found {redraws}")
         if law not in LAWS:
             raise ValueError(f"{type(self).__name__}: law must be one of {', '.join(LAWS)}, found {law!r}")
-        self.memory, self.smoothing, self.redraws, self.law = memory, smoothing, redraws, law
+        self.memory, self.smoothing, self.redraws = memory, smoothing, redraws
+        self.law, self.finite = law, finite
         self._tables: PilotTables | None = None
         self._known: list[Tensor] = []
         self._natural: NaturalLaws | None = None
@@ -106,7 +109,12 @@ class Calibrated(Guidance):
             h = (h + self.redraws * self._redrawn(fed, step, rows)) / (1 + self.redraws)
         h, weight = self._remember(h, slope, step, memory)
         average = h / per_row(weight.clamp_min(1e-12), h)
-        return per_row(present, h) * average, Memory(h, weight), lambda g, _: (per_row(slope, g) * g, log_psi)
+
+        def after(g: Tensor, pulled: Tensor) -> tuple[Tensor, Tensor]:
+            part = finite_step(pulled, g, step) if self.finite else torch.ones_like(slope)
+            return per_row(slope * part.to(slope), g) * g, log_psi
+
+        return per_row(present, h) * average, Memory(h, weight), after
 
     def log_psi(self, mean: Tensor, variance: Tensor, step: Step, rows: RowConstraint) -> Tensor:
         """log E[exp(-s E(a))] (B,) for an argument a of this mean (B,), at this step; differentiable in the mean. variance: of the

@@ -29,7 +29,8 @@ After = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 @dataclass(frozen=True)
 class Step:
     """Where a chain stands: step `number` of the chain, index t of the table; `twist_noise(k)` draws (B, k, *shape)
-    from each row's own twist stream. redraw(k, kappa): see `redrawn`; there once x0_hat is."""
+    from each row's own twist stream. redraw(k, kappa): see `redrawn`; there once x0_hat is. gain: log-SNR that the step
+    gains; 0 stands for a step of no length."""
 
     number: int
     t: int
@@ -37,6 +38,7 @@ class Step:
     clip: bool
     twist_noise: Callable[[int], Tensor]
     redraw: Callable[[int, float], Tensor] | None = None
+    gain: float = 0.0
 
     @property
     def alpha(self) -> float:
@@ -208,6 +210,24 @@ class Guidance:
         if callable(self.profile):
             plain["profile"] = getattr(self.profile, "__qualname__", repr(self.profile))
         return {"class": type(self).__name__, **plain}
+
+
+def finite_step(cotangent: Tensor, g: Tensor, step: Step) -> Tensor:
+    """What of Tweedie's shift a step of finite length wants, (B,) in [exp(-gain), 1]. cotangent h, g = J^T h (B, *shape), with
+    J = d x0_hat/d x_t.
+
+    Twisted by psi_r at its end, a step t -> r of the chain moves its mean by v^2 grad log psi_r, and psi_t = E[psi_r | x_t] makes that,
+    where log psi_r is linear, v^2 (d mu/d x_t)^-T g. On a direction of which a share l = alpha_t lambda is settled, lambda being J's
+    eigenvalue there, this is Tweedie's (sigma_t^2/alpha_t) g, carried through the step, over
+
+        1 + l (SNR_r/SNR_t - 1)          (eta = 1)
+
+    so that Tweedie's shift is right for short steps and for directions still open, and too long by SNR_r/SNR_t for settled ones. l is taken
+    to be one number for each row, alpha_t |J^T h|^2 / <h, J^T h>, between 0 and 1.
+    """
+    h, pulled = cotangent.double().flatten(1), g.double().flatten(1)
+    settled = step.alpha * pulled.square().sum(1) / (h * pulled).sum(1).clamp_min(1e-300)
+    return 1 / (1 + settled.nan_to_num(0.0).clamp(0, 1) * math.expm1(step.gain))
 
 
 def unchanged(log_psi: Tensor) -> After:

@@ -13,6 +13,7 @@ one strength where that one over-tilts: compare them at equal nats.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tiltlens.guidance.guidance import (
     Step,
     clean_and_features,
     clean_estimate,
+    finite_step,
     per_row,
     redrawn,
 )
@@ -113,9 +115,9 @@ class Learned(Calibrated):
 
     def __init__(
         self, memory: float = 2.0, smoothing: int = 2, redraws: int = 0, shadows: int = 128, head: bool = True,
-        law: str = "natural", profile: Any = None,
+        law: str = "natural", finite: bool = True, profile: Any = None,
     ):  # fmt: skip
-        super().__init__(memory, smoothing, redraws, law, profile)
+        super().__init__(memory, smoothing, redraws, law, finite, profile)
         if shadows < LEAST_PILOT:
             raise ValueError(f"Learned: shadows must be at least {LEAST_PILOT}, found {shadows}")
         self.shadows, self.head = shadows, head
@@ -205,11 +207,18 @@ class Learned(Calibrated):
             averages, memory = self.average(self.sources(clean, u, fed, step, rows), slope, step, memory)
             for k, h in enumerate(averages):
                 cotangent = cotangent + per_row(present * slope * shares[:, k], h) * h
-        outputs, pulled = [x0_hat], [cotangent.to(x0_hat.dtype)]
+        pull = partial(torch.autograd.grad, inputs=leaf)
+        clean_part, head_part = cotangent.to(x0_hat.dtype), None
         if headed:
-            outputs.append(phi)
-            pulled.append(per_row(force * shares[:, -1], weight) * weight)
-        (g,) = torch.autograd.grad(outputs, leaf, pulled)
+            head_part = per_row(force * shares[:, -1], weight) * weight
+        if self.finite and read:
+            (g,) = pull(x0_hat, grad_outputs=clean_part, retain_graph=headed)
+            g = per_row(finite_step(cotangent, g, step), g) * g
+            g = g + pull(phi, grad_outputs=head_part)[0] if headed else g
+        elif headed:
+            (g,) = pull([x0_hat, phi], grad_outputs=[clean_part, head_part])
+        else:
+            (g,) = pull(x0_hat, grad_outputs=clean_part)
         return x0_hat, g, log_psi, memory
 
     def leaf(self, denoiser: Denoiser, x_t: Tensor, x0_hat: Tensor, step: Step) -> tuple[Tensor, Step]:

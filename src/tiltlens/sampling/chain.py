@@ -8,7 +8,7 @@ are summed from the deltas themselves, never as a difference of two log-densitie
 deterministic and not guided. With eta = 0 no step has noise: sampling works, the weights are not defined.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,8 +92,13 @@ class Chain:
         if guidance is None or number == len(self) - 1:
             with torch.no_grad():
                 return Guided(clean_estimate(self.denoiser, state.x, t, self.clip), None, state.memory)
-        where = Step(number, t, self.denoiser.schedule, self.clip, lambda k: noise.at("twist", number, k))
+        where = self.where(number, lambda k: noise.at("twist", number, k))
         return guidance(self.denoiser, state.x, where, rows, state.memory)
+
+    def where(self, number: int, twist_noise: Callable[[int], Tensor]) -> Step:
+        """Step `number`, but the last, as guidance sees it."""
+        gain = float(self.log_snr[number + 1] - self.log_snr[number])
+        return Step(number, self.indices[number], self.denoiser.schedule, self.clip, twist_noise, gain=gain)
 
     def move(self, state: State, number: int, guided: Guided, noise: Noise) -> tuple[State, Info]:
         """The second half: draw x_r. state and guided may be re-indexed in between, both alike."""

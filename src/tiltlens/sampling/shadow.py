@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from tiltlens.constraint import Constraint, RowConstraint
-from tiltlens.guidance.guidance import Guided, PilotTables, Step, clean_and_features, clean_estimate
+from tiltlens.guidance.guidance import (
+    Guided,
+    PilotTables,
+    Step,
+    clean_and_features,
+    clean_estimate,
+    finite_step,
+    per_row,
+)
 from tiltlens.guidance.heads import FOLDS, Heads, fit_heads, fold_of
 from tiltlens.guidance.learned import Learned, Lesson
 from tiltlens.guidance.learning import Shadows, settle
@@ -148,8 +156,7 @@ def _follow(
     state = chain.start(noise, guidance)
     ds, grams, us, plains = [], [], [], []
     for number, c in enumerate(chain.coefficients[:-1]):
-        step = Step(number, chain.indices[number], chain.denoiser.schedule, chain.clip,
-                    lambda k, n=number: noise.at("twist", n, k))  # fmt: skip
+        step = chain.where(number, lambda k, n=number: noise.at("twist", n, k))
         w = head[0][:, number] if head is not None and bool(head[1][number]) else None
         on = step.alpha > 1e-6 and guidance.weight(step) != 0
         slope = float(tables.slope[unit, number]) if on else 0.0
@@ -180,7 +187,7 @@ def _look(
     head: Tensor | None, plain: bool,
 ) -> tuple[Tensor, Tensor, object, list[Tensor], Tensor]:  # fmt: skip
     """x0_hat; u (B,); the memory; every candidate's and the head's gradient (B, *shape) in x_t for a force of 1 and slope
-    1, 0 where it would not steer; that of the step alone."""
+    1, 0 where it would not steer, and for a finite step the default's part of it; that of the step alone."""
     zero = torch.zeros_like(x_t)
     u, columns, own = torch.zeros_like(rows.strength), [zero] * len(guidance.candidates), zero
     read = slope != 0
@@ -205,6 +212,9 @@ def _look(
         if read:
             averages, memory = guidance.average(sources, torch.ones_like(u), step, memory)
             columns = [pull(h) for h in averages]
+            if guidance.finite:
+                part = finite_step(averages[0], columns[0], step)
+                columns = [per_row(part, g) * g for g in columns]
         of_head = zero
         if head is not None:
             (of_head,) = torch.autograd.grad(phi, leaf, head.to(phi))
