@@ -5,7 +5,7 @@
 DIR: a timm folder of a classifier of another architecture, of the same classes (README of this folder). For every class:
 
     plain         Calibrated guidance with memory: rows of fixed seeds at the strength whose path KL is near --nats
-    learned       the same seeds under Learned guidance, at its own strength for as many nats
+    learned       the same seeds under Learned guidance (its law Gaussian, as the plain one's), at its own strength for as many nats
     particles     twisted sequential Monte Carlo at the strength where KL(q_s||p) of the re-weighted samples is --nats
     re-weighted   unguided images, made once for all classes, drawn in proportion to exp(-s E) at that strength, or where ESS
                   falls to 24 if that comes first: the class's own ceiling, as far as these images tell
@@ -135,7 +135,9 @@ class Bench:
         self.units = [build_unit(f"{asked.encoder},class={c}") for c in asked.classes]
         self.bank = UnitBank(self.units)
         self.bank.validate(self.prior.image_size)
-        learner = Sampler(self.prior, self.bank, Linear(), Learned(shadows=asked.shadows), asked.steps)
+        learner = Sampler(
+            self.prior, self.bank, Linear(), Learned(shadows=asked.shadows, law="gaussian"), asked.steps
+        )
         self.pilots = learner.run_pilot(asked.pilot, asked.batch_size, lambda k, n: tell(f"pilot {k}/{n}"))
         self.images = self._unguided()
         self.reads = read(self.bank, self.images)
@@ -171,7 +173,10 @@ class Bench:
         z = (z - z.mean()) / z.std(ddof=1)
         top = Curve(z, z).strength_at(asked.nats)
         out = {"re-weighted.z": z, "re-weighted.strength": np.array(top)}
-        for method, guidance in (("plain", Calibrated()), ("learned", Learned(shadows=asked.shadows))):
+        for method, guidance in (
+            ("plain", Calibrated()),
+            ("learned", Learned(shadows=asked.shadows, law="gaussian")),
+        ):
             start = time.perf_counter()
             sampler = self.sampler(u, guidance, None, reference)
             learned = time.perf_counter() - start

@@ -10,6 +10,7 @@ gets below -log Z(s). All rows of a unit share one pool of unguided samples (its
 log Z(l) of the bound; --bound draws more of them for these three, for 256 cannot tell log Z at a shift of two), and all
 guidances share their seeds and twins. p is the law of this chain at strength 0. The twist
 of Calibrated sees no more than sample.py gives it: the first --pilot trajectories of the pool. Learned learns on all of it.
+natural: by the unit's own law; finite: shifts for steps of finite length; Learned has both, but in the rows called gaussian, tweedie.
 Rows called noise-aware read clean estimates by the twin of --noise-aware (a folder of NoiseAwareModule, or bundled), the others never do.
 
 +- is one standard error: bootstrap over seeds and pool, seeds in common. A kl_lower with ">=" lies at the edge of
@@ -52,12 +53,15 @@ GUIDANCES = {
     "Calibrated": lambda: Calibrated(memory=0, smoothing=1),
     "Calibrated, memory": lambda: Calibrated(smoothing=1),
     "Calibrated, memory, 4 views": lambda: Calibrated(smoothing=4),
-    "Calibrated, memory, natural law": lambda: Calibrated(smoothing=1, law="natural"),
+    "Calibrated, memory, finite": lambda: Calibrated(smoothing=1, finite=True),
+    "Calibrated, memory, natural, finite": lambda: Calibrated(smoothing=1, law="natural", finite=True),
     "Learned": Learned,
-    "Learned, gaussian law": lambda: Learned(law="gaussian"),
+    "Learned, gaussian, tweedie": lambda: Learned(law="gaussian", finite=False),
     "Calibrated, memory, noise-aware": lambda: Calibrated(smoothing=1),
-    "Calibrated, memory, natural law, noise-aware": lambda: Calibrated(smoothing=1, law="natural"),
-    "Learned, gaussian law, noise-aware": lambda: Learned(law="gaussian"),
+    "Calibrated, memory, natural, finite, noise-aware": lambda: Calibrated(
+        smoothing=1, law="natural", finite=True
+    ),
+    "Learned, gaussian, tweedie, noise-aware": lambda: Learned(law="gaussian", finite=False),
     "Learned, noise-aware": Learned,
 }
 AWARE = ", noise-aware"  # clean estimates are read by the twin of --noise-aware

@@ -9,7 +9,8 @@ strength as it is, 1 for no guidance at all and more for one that over-tilts. Th
 that they were not fitted to. +- is one standard error, over trajectories; rows share them, so that their differences
 are known better than that. passes: forwards and vector-Jacobian products of the denoiser and of the encoder, a sample and step, mean
 over the chain (an unguided step is one). With --noise-aware all but the redraws once more, the clean estimates read by
-the twin in this folder, from the same noise. The table goes to stdout, progress to stderr.
+the twin in this folder, from the same noise. Shifts are Tweedie's: what finite steps and the natural law save shows at finite
+shifts alone (guidance.py). The table goes to stdout, progress to stderr.
 """
 
 import argparse
@@ -70,7 +71,7 @@ class Bench:
 
     def __init__(self, asked: argparse.Namespace, twin: str | None = None):
         self.asked, self.redraws = asked, 0 if twin else asked.redraws
-        self.guidance = Learned(smoothing=1, redraws=self.redraws, shadows=asked.shadows)
+        self.guidance = Learned(smoothing=1, redraws=self.redraws, shadows=asked.shadows, finite=False)
         prior, bank = (
             load_prior(asked.prior, precision=asked.precision),
             UnitBank([build_unit(u) for u in asked.units]),

@@ -78,7 +78,9 @@ def test_few_steps_no_longer_over_tilt(law, steps, share, energy):
 def test_with_a_head_the_shift_is_that_of_both_parts(monkeypatch):
     """The clean estimate's part is shortened, the head's is not."""
     prior = GaussianMixture([0.6, 0.4], [[-1.0, 0.2], [0.8, 0.5]], [0.3, 0.1], points=200)
-    sampler = Sampler(prior, UnitBank([Projection([1.0, -0.5])]), Linear(False), Learned(law="gaussian"), 12)
+    sampler = Sampler(
+        prior, UnitBank([Projection([1.0, -0.5])]), Linear(False), Learned(law="gaussian", finite=True), 12
+    )
     sampler.calibrate(sampler.run_pilot(64, 64))
     g, number, x = sampler.guidance, 8, normal(3, 2)
     rows = sampler.constraint.rows(torch.zeros(3, dtype=torch.long), torch.full((3,), 0.7).double())

@@ -209,13 +209,14 @@ def test_shadows_follow_the_pilot_and_the_baseline_is_unbiased():
     assert less[:, 0].var() < plain[:, 0].var()
 
 
-def test_shadows_of_the_default_are_what_calibrated_would_do():
+@pytest.mark.parametrize("finite", [False, True])
+def test_shadows_of_the_default_are_what_calibrated_would_do(finite):
     """At a small strength the shift of Calibrated is s rho_t times the first column, its path KL s^2/2 the cost."""
-    made, s = taught(Learned(head=False, shadows=32), pilot=64), 1e-3
+    made, s = taught(Learned(head=False, shadows=32, finite=finite), pilot=64), 1e-3
     seen = cast(made.guidance, made.chain, made.constraint, made.tables, 0, None, 32, dtype=torch.float64)
     slope = made.tables.slope[0, :-1, None]
     cost = (slope**2 * seen.gram[:, :, 0, 0]).sum(0)
-    guided = Calibrated(law="natural", finite=True)
+    guided = Calibrated(law="natural", finite=finite)
     guided.prepare(made.tables, made.prior, made.constraint)
     rows = made.constraint.rows(torch.zeros(32, dtype=torch.long), torch.full((32,), s, dtype=torch.float64))
     noise = Noise(range(32), (2,), dtype=torch.float64, domain="pilot")
@@ -296,7 +297,7 @@ def test_the_default_is_calibrated():
     """Untaught, or where the pilot tells no better, to rounding."""
     learned, calibrated = (
         taught(Learned(redraws=2)),
-        taught(Calibrated(redraws=2, law="natural", finite=True)),
+        taught(Calibrated(redraws=2, law="natural")),
     )
     learned.guidance.adopt([Lesson.default(20, len(learned.guidance.candidates) + 1)])
     rows = [Row(0, 1.0, seed) for seed in range(8)]
@@ -310,7 +311,7 @@ def test_learned_multipliers_lower_the_gap(s):
     """At 20 steps a Tweedie shift over-tilts; closed-form log Z; predicted before and after with an honest error."""
     prior = GaussianMixture(*PLANE)
     log_z = float(prior.log_z(W, s))
-    learned = taught(Learned(head=False, finite=False))
+    learned = taught(Learned(head=False))
     before, after = gap(taught(Calibrated()), s, log_z), gap(learned, s, log_z)
     value, se = mean_se(before - after)
     assert value > 4 * se, f"the gap falls by {value:.3f} +- {se:.3f}"

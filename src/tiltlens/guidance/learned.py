@@ -115,7 +115,7 @@ class Learned(Calibrated):
 
     def __init__(
         self, memory: float = 2.0, smoothing: int = 2, redraws: int = 0, shadows: int = 128, head: bool = True,
-        law: str = "natural", finite: bool = True, profile: Any = None,
+        law: str = "natural", finite: bool = False, profile: Any = None,
     ):  # fmt: skip
         super().__init__(memory, smoothing, redraws, law, finite, profile)
         if shadows < LEAST_PILOT:
