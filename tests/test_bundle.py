@@ -66,7 +66,7 @@ def test_the_noise_aware_reader_is_of_this_encoder_and_prior_and_tells_more_than
         told.append(
             torch.tensor([
                 [torch.corrcoef(torch.stack([p.path[k, :, 0], p.members[:, 0]]))[0, 1] ** 2 for k in steps]
-                for p in sampler.run_pilot(96, 48)
+                for p in sampler.run_pilot(64, 64)
             ])
         )  # fmt: skip
     assert told[1].mean() > told[0].mean()

@@ -105,7 +105,8 @@ class Lesson:
 class Learned(Calibrated):
     """`Calibrated`, learned on the pilot. memory, smoothing, redraws: of the default that learning starts from, and keeps
     where the pilot cannot tell better. shadows: pilot trajectories that are run again; more than there are means all.
-    head: learn the head on the denoiser's features too. Needs a pilot of at least 32 trajectories and noise (eta > 0).
+    head: learn the head on the denoiser's features too. law, finite: as of Calibrated; the natural law by default, and Tweedie's
+    shifts, for multipliers are fitted to the steps as they are. Needs a pilot of at least 32 trajectories and noise (eta > 0).
 
     Candidates: the default, then the same gradient with the time constants 0 (the step alone), 2 and 6 of memory, and
     with redraws the gradient without them.
