@@ -57,9 +57,8 @@ class Channel:
         """lambda (B,) float64 with E[a | lambda] = mu (B,), by Newton's method in a bracket; differentiable in mu."""
         lam = self._solve(mu.detach().double())
         first, variance = self.moments(lam)
-        return (
-            lam + (mu.double() - first) / variance
-        )  # one more step, whose derivative is that of the inverse
+        # one step more, for the derivative of the inverse
+        return lam + (mu.double() - first) / variance
 
     @torch.no_grad()
     def _solve(self, mu: Tensor) -> Tensor:

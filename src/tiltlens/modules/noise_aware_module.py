@@ -91,6 +91,8 @@ class NoiseAwareModule(LightningModule):
             except ValueError as error:
                 raise UserError(f"model.units, model.network: {error}") from None
         else:
+            for layer in self.layers:  # before the prior is loaded
+                source.require_layer(layer)
             self.twin = twin_of(source)
         self.units, self.network = list(self.twin.members) if units else [], network
         self.trained = self.twin.trained() if units else list(self.twin.parameters())

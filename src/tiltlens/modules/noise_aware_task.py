@@ -24,8 +24,6 @@ class LayerTask:
     token beside them), which most units read. layers: module paths, None for the encoder's own output."""
 
     def __init__(self, encoder: Encoder, twin: Encoder, layers: Sequence[str | None], decode: Decode):
-        for layer in layers:
-            encoder.require_layer(layer)
         self.encoder, self.twin, self.layers, self.decode = encoder, twin, list(layers), decode
         self.told = slice(1, None, 2)
         # the output as much as all other layers, means three times as much as positions
