@@ -216,3 +216,14 @@ def test_a_dead_unit_is_refused():
             Natural.from_members(unit, members)
     with pytest.raises(ValueError, match="finite"):
         Natural.from_members(A, torch.full((50, 1), float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("level", "said"), [("q0.999", True), ("q0.99", False), ("z=9", False), (3.0, False)]
+)
+def test_a_quantile_that_the_reference_cannot_tell_is_said(level, said):
+    natural = Natural(torch.zeros(1), torch.ones(1), 0.0, 1.0, torch.linspace(-2, 2, 200))
+    note = Target(level).note(natural)
+    assert (note is not None) == said
+    assert not said or "takes 1000 natural activations, and there are 200" in note
+    assert Linear().note(natural) is None

@@ -524,3 +524,24 @@ def test_a_head_on_a_network_is_the_same_in_any_batch(tmp_path):
         assert alone.path_kl[0] == whole.path_kl[i]
         moved = row.unit == 0 and row.strength > 0
         assert torch.equal(unsteered.images[i], whole.images[i]) != moved, row
+
+
+def test_another_run_takes_pilot_and_lessons_from_the_cache(tmp_path, monkeypatch):
+    """Of the same prior, unit, chain and guidance; another number of steps has its own. Rows are those of a run without a cache."""
+    calls, learn = [], sampler_room.learn
+    monkeypatch.setattr(sampler_room, "learn", lambda *a, **k: calls.append(0) or learn(*a, **k))
+    cached = [*ARGUMENTS, f"--model.cache={tmp_path / 'cache'}"]
+    main([*ARGUMENTS, f"--out={tmp_path / 'plain'}"])
+    main([*cached, f"--out={tmp_path / 'one'}"])
+    assert len(calls) == 2
+    main([*cached, f"--out={tmp_path / 'two'}", "--data.seed=100"])
+    assert len(calls) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    main([*cached, f"--out={tmp_path / 'three'}", "--model.steps=12"])
+    assert len(calls) == 3
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(b"damaged")
+    main([*cached, f"--out={tmp_path / 'four'}"])
+    assert len(calls) == 4
+    plain, one, four = (RunFolder(tmp_path / n).samples() for n in ("plain", "one", "four"))
+    assert plain["log_w"] == one["log_w"] == four["log_w"]

@@ -363,3 +363,17 @@ def test_chains_that_are_stuck_are_worth_half_a_draw_each():
 def test_a_setting_out_of_range_is_refused(setting, value):
     with pytest.raises(ValueError, match=f"{setting} = {value}"):
         NoiseSpace(**{setting: value})
+
+
+def test_diagnostics_are_of_all_calls_of_a_run(tmp_path):
+    """A plan that grows: what was walked before is told, too, as by one call."""
+
+    def run(out, strengths, n):
+        found = tilt(GaussianMixture(*LINE), Projection([1.0]), strengths, n, energy=Linear(False), guidance=DPS(), pilot=0,
+                     steps=6, sampler=NoiseSpace(4, 1, 2), out=tmp_path / out, batch_size=8, accelerator="cpu")  # fmt: skip
+        return found.folder.read_manifest()["diagnostics"]
+
+    run("grown", [0.0, 1.0], 16)
+    grown = run("grown", [0.0, 1.0, 2.0], 24)
+    assert [(d["strength"], d["n"]) for d in grown] == [(1.0, 24), (2.0, 24)]
+    assert grown == run("whole", [0.0, 1.0, 2.0], 24)

@@ -65,7 +65,7 @@ def test_a_unit_is_given_as_string_keys_list_or_class():
 
 def test_energy_guidance_and_data_are_overridden():
     cli = SamplingCLI([
-        ANALYTIC, *TINY, "--model.energy=Target", "--model.energy.level=q0.999", "--model.guidance=DPS",
+        ANALYTIC, *TINY, "--model.energy=Target", "--model.energy.level=q0.999", "--model.guidance=DPS", "--model.pilot=8",
         "--data.strengths=[0,1]", "--data.seed=7", "--model.eta=0.5", "--model.unit.direction=[0,1]",
     ])  # fmt: skip
     assert (type(cli.model.energy).__name__, cli.model.energy.level) == ("Target", "q0.999")

@@ -96,7 +96,7 @@ def tilt(
         data = PlanData(list(strengths), n, seed, batch_size)
     else:
         data = ConstraintPlan(Asked.parse(constraint), n, seed, batch_size)
-        data.asked.check(module.pilot, module.natural, module.eta)
+        data.asked.check(module.pilot, module.natural, module.eta, module.method)
     writer = RunFolderWriter(str(folder), report=False)
     trainer = Trainer(
         inference_mode=False, logger=False, enable_checkpointing=False, enable_model_summary=False,

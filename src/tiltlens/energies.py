@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tiltlens.units.calibration import Natural
 
+FAR = 1e6
 LEVEL_FORMS = 'a number (raw activation), "z=3" (natural standard deviations) or "q0.999" (natural quantile)'
 
 
@@ -60,6 +61,17 @@ class Energy:
         elif kind == "z":
             number = natural.mean + number * natural.std
         return (number - natural.mean) / natural.std if self.standardise else number
+
+    def note(self, natural: Natural) -> str | None:
+        """What to know of the level for a unit with these natural activations: a quantile that they cannot tell."""
+        kind, number = ("value", 0.0) if self.level is None else parse_level(self.level)
+        if kind != "q" or not natural.beyond(number):
+            return None
+        enough = math.ceil(1 / min(number, 1 - number) - 1e-6)
+        return (
+            f"the level {self.level} takes {enough} natural activations, and there are {len(natural.activations)}: it is read off a "
+            f"Gaussian tail, or is the outermost of them. Take model.pilot = {enough}, model.natural, or a level like z=3"
+        )
 
     def __call__(self, z: Tensor, level: Tensor | float = 0.0) -> Tensor:
         """z (B,), level a number or (B,) -> E (B,)."""
@@ -134,8 +146,9 @@ class Threshold(Energy):
         variance = torch.as_tensor(variance, dtype=mean.dtype, device=mean.device).clamp_min(1e-12)
         spread = 1 + strength * variance
         gap = mean - level
-        above = torch.special.log_ndtr(gap / variance.sqrt())
-        below = torch.special.log_ndtr(-gap / (variance * spread).sqrt())
+        # beyond FAR deviations a slope of log Phi overflows, and 0 times it would be NaN
+        above = torch.special.log_ndtr((gap / variance.sqrt()).clamp(-FAR, FAR))
+        below = torch.special.log_ndtr((-gap / (variance * spread).sqrt()).clamp(-FAR, FAR))
         return torch.logaddexp(above, below - strength * gap**2 / (2 * spread) - spread.log() / 2)
 
     def describe(self) -> str:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
@@ -110,8 +111,8 @@ class RunFolder:
     def claim(self, identity: dict) -> bool:
         """Take the folder for a run; True if it already holds rows of the same run, to be resumed.
 
-        identity: a JSON dict of the settings that make a sample what it is, without the plan (strengths, n,
-        units, seeds), which may grow. An absent or empty folder is created. Raises ValueError, and writes
+        identity: a JSON dict of the settings that make a sample what it is, without the plan (strengths, n),
+        which may grow. An absent or empty folder is created, one that was released is taken. Raises ValueError, and writes
         nothing, if the folder holds a run with other settings (each is listed) or files that are no run.
         """
         identity = json.loads(as_json(identity))
@@ -126,6 +127,9 @@ class RunFolder:
                 )
             self.write_manifest({"identity": identity, "state": "running"})
             return False
+        if not manifest.get("identity"):  # released
+            self.write_manifest({"identity": identity, "state": "running"})
+            return False
         differing = list(run_tables.differences(manifest.get("identity", {}), identity))
         if differing:
             raise ValueError(
@@ -135,6 +139,15 @@ class RunFolder:
         if manifest.get("state") != "running":
             self.write_manifest({"state": "running"})
         return (self.path / "samples.parquet").exists() or any((self.path / "parts").glob("*.parquet"))
+
+    def release(self) -> bool:
+        """Give up a claim that came to nothing, a mistake in the settings say, so that the folder can be taken with others; its
+        pilot goes with it. False, and nothing is changed, where rows are there."""
+        if (self.path / "samples.parquet").exists() or any((self.path / "parts").glob("*.parquet")):
+            return False
+        shutil.rmtree(self.path / "pilot", ignore_errors=True)
+        self.write("manifest.json", as_json({"state": "incomplete"}))
+        return True
 
     def read_manifest(self) -> dict:
         """manifest.json, or {} if there is none."""

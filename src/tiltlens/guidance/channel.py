@@ -85,11 +85,7 @@ class NaturalLaws:
     @classmethod
     def of(cls, arguments: Sequence[Tensor], residual_variance: Tensor) -> "NaturalLaws":
         """arguments: of the energy on natural images, (P,) for each unit. residual_variance (units, steps)."""
-        laws = [_smooth(a.double()) for a in arguments]
-        count = max(len(a) for a, _ in laws)
-        # fewer atoms than others: each is there several times, so that all weigh alike
-        atoms = torch.stack([a[torch.arange(count) * len(a) // count] for a, _ in laws])
-        width2 = torch.stack([w for _, w in laws])
+        atoms, width2 = (torch.stack(x) for x in zip(*(_smooth(a.double()) for a in arguments)))
         kappa = torch.stack([_precisions(*x) for x in zip(atoms, width2, residual_variance.double())])
         return cls(atoms, width2, kappa)
 
@@ -102,9 +98,12 @@ class NaturalLaws:
 
 
 def _smooth(a: Tensor) -> tuple[Tensor, Tensor]:
-    """Atoms (M,) and the variance of each, of a sample (P,)."""
+    """Atoms (ATOMS,) and the variance of each, of a sample (P,)."""
     a = a[torch.isfinite(a)].sort().values
-    atoms = torch.stack([x.mean() for x in a.tensor_split(min(ATOMS, len(a)))])
+    count = 1 << (
+        min(ATOMS, len(a)).bit_length() - 1
+    )  # of few, each is there several times, so that all weigh alike
+    atoms = torch.stack([x.mean() for x in a.tensor_split(count)]).repeat_interleave(ATOMS // count)
     mean, variance = a.mean(), a.var()
     quartiles = torch.quantile(a, torch.tensor([0.25, 0.75], dtype=a.dtype))
     spread = torch.minimum(variance.sqrt(), (quartiles[1] - quartiles[0]) / 1.34)

@@ -1,5 +1,6 @@
 """The exact twist of the analytic prior."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,13 +19,16 @@ class Exact(Guidance):
     Works for `GaussianMixture` priors and `Projection` units alone; anything else is a ValueError.
     """
 
-    def prepare(self, pilot: PilotTables | None, prior: Any, constraint: Any) -> None:
-        units = constraint.bank.units
+    def check_target(self, prior: Any, units: Sequence[Any], energy: Any, strengths: Sequence[float]) -> None:
         if not isinstance(prior, GaussianMixture) or not all(isinstance(u, Projection) for u in units):
             raise ValueError(
                 "Exact guidance needs the analytic prior (GaussianMixture) and Projection units; found "
                 f"{type(prior).__name__} and {', '.join(sorted({type(u).__name__ for u in units}))}. Use Calibrated."
             )
+
+    def prepare(self, pilot: PilotTables | None, prior: Any, constraint: Any) -> None:
+        units = constraint.bank.units
+        self.check_target(prior, units, constraint.energy, ())
         self._prior = prior
         self._directions = torch.tensor([list(u.direction) for u in units], dtype=torch.float64)
         self._mean, self._std = constraint.mean, constraint.std

@@ -10,6 +10,7 @@ says what cotangent d log psi / d x0_hat is pulled back, and hands over log psi 
 Nothing is ever normalised over the batch.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -109,6 +110,9 @@ def redrawn(denoiser: Denoiser, x_t: Tensor, x0_hat: Tensor, step: Step, count: 
     return clean_estimate(denoiser, x.flatten(0, 1), step.t, step.clip)
 
 
+GRID = 64  # of the training table, for the values of a callable profile
+
+
 class Guidance:
     """A method of guidance. profile: weight of the shift in time: None for constant 1, [t_lo, t_hi] as fractions of the
     training table (0 clean, 1 noisy), or a callable fraction -> weight >= 0."""
@@ -205,10 +209,15 @@ class Guidance:
 
     def describe(self) -> dict:
         """Name and settings, for the manifest."""
-        kept = (int, float, str, list, type(None))
+        kept = (int, float, str, list, tuple, type(None))
         plain = {k: v for k, v in vars(self).items() if not k.startswith("_") and isinstance(v, kept)}
         if callable(self.profile):
-            plain["profile"] = getattr(self.profile, "__qualname__", repr(self.profile))
+            # two lambdas have one name: what it is, is its values
+            values = repr([float(self.profile(k / GRID)) for k in range(GRID + 1)])
+            digest = hashlib.sha256(values.encode()).hexdigest()[:8]
+            plain["profile"] = (
+                f"{getattr(self.profile, '__qualname__', type(self.profile).__name__)} #{digest}"
+            )
         return {"class": type(self).__name__, **plain}
 
 

@@ -79,7 +79,7 @@ class Multipliers:
 
 def place_knots(log_snr: Tensor, used: Tensor) -> Tensor:
     """(knots,): even between the first and the last step that is used."""
-    levels = log_snr[used]
+    levels = log_snr[used & torch.isfinite(log_snr)]  # a chain may begin at pure noise, log-SNR -inf
     if len(levels) < 2:
         return levels[:1] if len(levels) else log_snr[:1]
     return torch.linspace(float(levels.min()), float(levels.max()), min(KNOTS, len(levels))).double()

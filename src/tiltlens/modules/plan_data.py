@@ -8,6 +8,8 @@ from torch.utils.data import DataLoader
 
 from tiltlens.sampling.plan import Row, check_strengths, plan
 
+SEEDS = 1 << 53  # a seed is a whole number that a float holds, and those below 0 are the pilot's
+
 
 class PlanData(LightningDataModule):
     """Rows (unit, strength, seed) to sample.
@@ -26,6 +28,10 @@ class PlanData(LightningDataModule):
         for name, value in (("n", n), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"data.{name} = {value}: expected a whole number >= 1")
+        if not 0 <= seed < SEEDS - n:
+            raise ValueError(
+                f"data.seed = {seed}: expected a whole number from 0 on, and seed + n below 2^53"
+            )
         self.n, self.seed, self.batch_size = n, seed, batch_size
         self.units, self.group_size = 1, 1
         self.skip: set[Row] = set()

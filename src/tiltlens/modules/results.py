@@ -38,6 +38,8 @@ def estimate_run(folder: RunFolder, module: Any, data: Any) -> None:
         rows += curve
         warnings += [f"{unit.name}: {note}" for note in [*notes, *lost(mine)]]
         reference = sampler.constraint.naturals[i]
+        if note := sampler.constraint.energy.note(reference):
+            warnings.append(f"{unit.name}: {note}")
         if asked:
             certificates[unit.name] = asked.certify(reference, mine, pilot, curve)
         natural[unit.name] = {

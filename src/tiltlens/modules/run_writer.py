@@ -6,59 +6,23 @@ the parts, estimates the curve and writes the report.
 
 import datetime
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from tiltlens.guidance.learned import Lesson
 from tiltlens.modules.provenance import provenance
 from tiltlens.modules.results import estimate_run
+from tiltlens.modules.run_stores import PilotStore, RecordStore
 from tiltlens.modules.sampling_module import SamplingModule
 from tiltlens.report import write_report
 from tiltlens.run_folder import RunFolder
-from tiltlens.sampling.pilot import UnitPilot
 from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Samples
-from tiltlens.units import Unit
 
 STEP_SEEDS = 64  # seeds of each (unit, strength) whose single steps are kept: enough for a mean, and no flood; of groups,
 # the first rows of so many besides
-
-
-class PilotStore:
-    """The pilot of each unit under DIR/pilot, and what guidance learned from it."""
-
-    def __init__(self, folder: RunFolder):
-        self.path = Path(folder.path) / "pilot"
-
-    def _file(self, unit: Unit) -> Path:
-        return self.path / f"{unit.slug}.safetensors"
-
-    def load_pilots(self, units: list[Unit]) -> list[UnitPilot] | None:
-        """None unless every unit has its pilot."""
-        if not all(self._file(u).exists() for u in units):
-            return None
-        return [UnitPilot.load(self._file(u)) for u in units]
-
-    def save_pilots(self, units: list[Unit], pilots: list[UnitPilot]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        for unit, pilot in zip(units, pilots):
-            pilot.save(self._file(unit))
-
-    def load_lessons(self, units: list[Unit]) -> list[Lesson] | None:
-        """None unless every unit has its lesson."""
-        files = [self._lesson(u) for u in units]
-        return [Lesson.load(f) for f in files] if all(f.exists() for f in files) else None
-
-    def save_lessons(self, units: list[Unit], lessons: list[Lesson]) -> None:
-        for unit, lesson in zip(units, lessons):
-            lesson.save(self._lesson(unit))
-
-    def _lesson(self, unit: Unit) -> Path:
-        return self.path / f"{unit.slug}.learned.safetensors"
 
 
 class RunFolderWriter(Callback):
@@ -72,6 +36,7 @@ class RunFolderWriter(Callback):
         self.folder = RunFolder(out)
         self.config, self.report = config, report
         self._began, self._open = time.time(), False
+        self._claimed = False
         self.whole = False  # whether all that is asked was here before
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -89,7 +54,8 @@ class RunFolderWriter(Callback):
         data.skip = {Row(index[u], s, k) for u, s, k in self.folder.done() if u in index}
         data.set_groups(pl_module.method.group_size)
         self.reused = len(data.rows()) - len(data.remaining())
-        pl_module.pilot_store = PilotStore(self.folder)
+        pl_module.pilot_store = PilotStore(self.folder, pl_module)
+        self.records = RecordStore(self.folder)
 
     def open(self, module: SamplingModule, data: Any) -> None:
         """Load what the run needs and claim the folder for it, once, before anything else is written there (a logger's
@@ -101,8 +67,10 @@ class RunFolderWriter(Callback):
         self._open = True
         identity = {**module.describe(), "seed": data.seed}
         plan = self._grown_plan(data)
+        module.guidance.check_target(module.prior, module.units, module.energy, data.strengths)
         self.whole = self._is_whole(module, data)
         self.folder.claim(identity)
+        self._claimed = True
         if self.config:
             self.folder.write_config(self.config)
         self.folder.write_manifest(
@@ -173,10 +141,17 @@ class RunFolderWriter(Callback):
                 for k, t in enumerate(chain.indices)
                 if _keeps_steps(row.seed - trainer.datamodule.seed, trainer.datamodule.group_size)
             ]  # fmt: skip
+        self.records.save(pl_module.method.recorded() if any(r.strength > 0 for r in outputs.rows) else None)
         self.folder.write_part(rows, steps)
 
     def on_predict_batch_start(self, *_: Any, **__: Any) -> None:
         self._batch_began = time.time()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._claimed and isinstance(
+            exception, ValueError | OSError
+        ):  # the user's to put right: with other settings, perhaps
+            self.folder.release()
 
     def on_predict_end(self, trainer: Trainer, pl_module: SamplingModule) -> None:
         trainer.strategy.barrier("sampled")
@@ -191,7 +166,10 @@ class RunFolderWriter(Callback):
         names = [u.name for u in module.units]
         missing = [r for r in data.rows() if (names[r.unit], r.strength, r.seed) not in done]
         estimate_run(self.folder, module, data)
-        told = [{**d, "unit": module.units[d["unit"]].name} for d in module.method.diagnostics()]
+        told = [
+            {**d, "unit": module.units[d["unit"]].name}
+            for d in module.method.diagnostics(self.records.load())
+        ]
         learned = dict(zip(names, module.sampler.guidance.outcome()))
         self.folder.write_manifest({
             **({"diagnostics": told} if told else {}), **({"learned": learned} if learned else {}),

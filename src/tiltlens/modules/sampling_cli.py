@@ -117,7 +117,7 @@ def main(args: list[str] | None = None) -> None:
     data, asked = cli.datamodule, cli.config["constraint"]
     if asked is not None:
         data = ConstraintPlan(Asked.parse(asked), data.n, data.seed, data.batch_size)
-        data.asked.check(cli.model.pilot, cli.model.natural, cli.model.eta)
+        data.asked.check(cli.model.pilot, cli.model.natural, cli.model.eta, cli.model.method)
     elif cli.trainer.is_global_zero:
         writer.open(cli.model, data)
         if writer.whole:

@@ -11,18 +11,20 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
-from tiltlens.energies import Energy, Linear
+from tiltlens.energies import Energy, Linear, parse_level
 from tiltlens.guidance import Calibrated, Guidance
 from tiltlens.priors import load_prior
 from tiltlens.priors.prior import Prior
 from tiltlens.sampling import ChainSampler, Independent
-from tiltlens.sampling.natural_images import read_natural_members
+from tiltlens.sampling.natural_images import natural_files, read_natural_members
 from tiltlens.sampling.pilot import UnitPilot
 from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler, Samples
 from tiltlens.schedule import SPACINGS, step_indices
 from tiltlens.units import Unit, UnitBank, build_unit
+from tiltlens.units.bank import check_addresses
 from tiltlens.units.twins import adopt_twins
 
 PILOT_BATCH = 64
@@ -39,7 +41,8 @@ class SamplingModule(LightningModule):
     for calibration, 0 for none. natural: an image folder that says what is natural, in place of the pilot's samples.
     precision: of the prior's network, float32 or bfloat16. prompt: for text-conditional priors. noise_aware: a folder of
     `NoiseAwareModule`, or several, of twins that read clean estimates for the guidance; "bundled"; or "auto", the bundled one
-    where prior, encoder and unit are those that it was trained for, and the encoder elsewhere.
+    where prior, encoder and unit are those that it was trained for, and the encoder elsewhere. cache: a folder in which pilots,
+    and what guidance learned from them, are kept for other runs of this prior, unit and chain.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class SamplingModule(LightningModule):
         precision: str = "float32",
         prompt: str = "",
         noise_aware: str | list[str] | None = None,
+        cache: str | None = None,
     ):
         super().__init__()
         if not (isinstance(eta, (int, float)) and math.isfinite(eta) and 0 <= eta <= 1):
@@ -78,6 +82,17 @@ class SamplingModule(LightningModule):
             raise ValueError(
                 "model.pilot = 0, but the energy is standardised: set pilot >= 8, or model.natural to an image folder"
             )
+        if pilot == 0 and natural is None and self.energy.level is not None:
+            kind, _ = parse_level(self.energy.level)
+            if kind != "value":
+                raise ValueError(
+                    f"the level {self.energy.level!r} counts natural activations, and there will be none: set model.pilot >= 8, "
+                    "model.natural to an image folder, or a raw level"
+                )
+        if isinstance(prior, Prior) and (prompt or precision != "float32"):
+            raise ValueError(
+                "model.prompt and model.precision are of a prior that is given by name; this one is loaded: pass them to load_prior"
+            )
         self.units = [build_unit(u) for u in (unit if isinstance(unit, (list, tuple)) else [unit])]
         if len({u.name for u in self.units}) < len(self.units):
             raise ValueError(f"a unit stands twice in model.unit: {', '.join(u.name for u in self.units)}")
@@ -90,6 +105,7 @@ class SamplingModule(LightningModule):
         )
         self.pilot, self.natural, self.precision, self.prompt = pilot, natural, precision, prompt
         self.noise_aware = [noise_aware] if isinstance(noise_aware, str) else list(noise_aware or [])
+        self.cache = cache
         self.prior: Prior | None = None
         self.sampler: Sampler | None = None
         self.pilot_store: Any = None  # where a pilot is kept; given by the run-folder writer
@@ -100,13 +116,21 @@ class SamplingModule(LightningModule):
         """Load prior and encoders and check that they fit; idempotent. All errors of the user's come from here."""
         if self.prior is not None:
             return
-        bank, prior = UnitBank(self.units), self.prior_spec
+        prior = self.prior_spec
+        if self.natural and not isinstance(prior, Prior):
+            natural_files(self.natural)
+        check_addresses(self.units)
+        bank = UnitBank(self.units)
+        bank.validate_encoders()
         if isinstance(prior, str):
             prior = load_prior(prior, prompt=self.prompt, precision=self.precision)
         step_indices(prior.denoiser.schedule, self.steps, self.spacing)
         if self.natural and not prior.images:
             raise ValueError(f"model.natural is an image folder, but the prior {prior.name} has no images")
+        if self.natural:
+            natural_files(self.natural)
         bank.validate(prior.image_size or prior.denoiser.shape)
+        self.guidance.check_target(prior, self.units, self.energy, ())
         for note in adopt_twins(bank, self.noise_aware, prior.fingerprint):
             rank_zero_info(note)
         self.bank, self.prior = bank, prior
@@ -148,9 +172,7 @@ class SamplingModule(LightningModule):
         )
         start = time.perf_counter()
         pilots = self._pilots() if self.pilot else None
-        reference = None
-        if self.natural:
-            reference = read_natural_members(self.natural, self.bank, self.prior.image_size, self.device)
+        reference = self._reference() if self.natural else None
         self._calibrate(pilots, reference)
         self.pilot_seconds = time.perf_counter() - start
 
@@ -173,6 +195,18 @@ class SamplingModule(LightningModule):
         barrier("pilot kept")
         kept = kept or store.load_pilots(self.units)
         return kept
+
+    def _reference(self) -> list[Tensor]:
+        """What the units say of the natural images: from the run folder where it has it, for the images may have changed since."""
+        store, barrier = self.pilot_store, self.trainer.strategy.barrier
+        kept = store.load_natural(self.units) if store else None
+        barrier("natural images looked for")
+        if kept is None and (store is None or self.trainer.is_global_zero):
+            kept = read_natural_members(self.natural, self.bank, self.prior.image_size, self.device)
+            if store:
+                store.save_natural(self.units, kept)
+        barrier("natural images read")
+        return kept or store.load_natural(self.units)
 
     def _calibrate(self, pilots: list[UnitPilot] | None, reference: list[Any] | None) -> None:
         """With what was learned from the pilot, where guidance learns: as the pilot, from the run folder or by rank 0."""
@@ -201,13 +235,13 @@ class SamplingModule(LightningModule):
     def describe(self) -> dict:
         """The settings that make this run what it is: a folder that holds others is refused."""
         return {
-            "prior": {"name": self.prior.name, "fingerprint": self.prior.fingerprint},
+            "prior": self.prior.identity(),
             "units": [u.name for u in self.units],
             "unit_sha256": {u.name: u.fingerprint for u in self.units},
             "energy": {"class": type(self.energy).__name__, **vars(self.energy)},
             "guidance": self.guidance.describe(),
             "sampler": self.method.describe(),
             "chain": {"steps": self.steps, "eta": self.eta, "spacing": self.spacing, "clip": self.clip},
-            "pilot": self.pilot, "natural": self.natural, "precision": self.precision, "prompt": self.prompt,
+            "pilot": self.pilot, "natural": self.natural,
             **({"noise_aware": {name: t.sha256 for name, t in self.bank.twins.items()}} if self.bank.twins else {}),
         }  # fmt: skip

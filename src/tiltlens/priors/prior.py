@@ -1,5 +1,8 @@
 """What the rest of the house knows of a prior."""
 
+import hashlib
+
+import torch
 from torch import Tensor, nn
 
 from tiltlens.denoiser import Denoiser
@@ -22,6 +25,26 @@ class Prior(nn.Module):
     def image_size(self) -> int | None:
         """Side of the decoded image in pixels; None where the prior has no images."""
         raise NotImplementedError
+
+    def identity(self) -> dict:
+        """All that samples of it depend on, for a run's identity: name, fingerprint, a digest of the tables around the network
+        (noise levels, parametrisation, scale of latents), and prompt and precision where it has them."""
+        denoiser, codec = self.denoiser, getattr(self, "codec", None)
+        schedule = denoiser.schedule
+        tables = [schedule.alpha, schedule.sigma, schedule.time, torch.tensor([schedule.init_std])]
+        tables += [getattr(denoiser, name) for name in ("skip", "out", "scale_in") if hasattr(denoiser, name)]
+        tables += [torch.tensor([codec.scale, codec.shift])] if codec is not None else []
+        digest = hashlib.sha256()
+        for table in tables:
+            digest.update(table.double().cpu().numpy().tobytes())
+        told = {name: getattr(self, name) for name in ("prompt", "precision") if hasattr(self, name)}
+        return {"name": self.name, "fingerprint": self.fingerprint, "tables": digest.hexdigest(), **told}
+
+    @property
+    def law(self) -> str:
+        """One digest of it all but the name, which is where it lies: the key of what was drawn from this prior."""
+        told = {k: v for k, v in self.identity().items() if k != "name"}
+        return hashlib.sha256(repr(sorted(told.items())).encode()).hexdigest()
 
     def decode(self, x_0: Tensor) -> Tensor:
         """Chain state (B, *denoiser.shape) -> what a unit sees. Differentiable; the identity unless latent."""

@@ -103,6 +103,7 @@ class ChainSampler:
     must share a batch."""
 
     group_size: int = 1
+    weighs_deterministic = False  # whether weights and path KL are defined at eta = 0
 
     def check(self, eta: float) -> None:
         """Raises ValueError for a chain that this sampler cannot work with."""
@@ -111,8 +112,13 @@ class ChainSampler:
         """Sample these rows, whole groups one after another, as one batch; progress(step, steps)."""
         raise NotImplementedError
 
-    def diagnostics(self) -> list[dict]:
-        """How the sampling went, where rows do not say it: for each unit (index) and strength a dict of plain numbers."""
+    def recorded(self) -> dict[str, torch.Tensor] | None:
+        """What the last batch recorded beyond its samples, for `diagnostics` of a run of several calls or processes."""
+        return None
+
+    def diagnostics(self, records: Sequence[dict[str, torch.Tensor]] | None = None) -> list[dict]:
+        """How the sampling went, where rows do not say it: for each unit (index) and strength a dict of plain numbers.
+        records: those of all batches, where others sampled them; else this object's own."""
         return []
 
     def describe(self) -> dict:

@@ -4,11 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from tiltlens.units.bank import UnitBank
 
+TURNED = {  # EXIF orientation -> what makes the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
@@ -17,14 +21,7 @@ def read_natural_members(
 ) -> list[Tensor]:
     """Raw member activations (N, k) of each unit on the images of a folder (any nesting, at most `limit`, evenly spaced
     in the sorted list). Raises ValueError for a folder that is missing or holds fewer than 16 readable images."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise ValueError(f"natural: expected an image folder, found no folder at {folder!r}")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if len(files) < 16:
-        raise ValueError(
-            f"natural: expected at least 16 images ({', '.join(sorted(SUFFIXES))}) in {folder!r}, found {len(files)}"
-        )
+    files = natural_files(folder)
     files = [files[int(i)] for i in np.linspace(0, len(files) - 1, min(limit, len(files)))]
     reads = []
     for i in range(0, len(files), 64):
@@ -35,11 +32,33 @@ def read_natural_members(
     return [members[:, i, : u.size] for i, u in enumerate(bank.units)]
 
 
+def natural_files(folder: str) -> list[Path]:
+    """The image files of a folder, sorted. Raises ValueError for one that is missing or holds fewer than 16."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"natural: expected an image folder, found no folder at {folder!r}")
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if len(files) < 16:
+        raise ValueError(
+            f"natural: expected at least 16 images ({', '.join(sorted(SUFFIXES))}) in {folder!r}, found {len(files)}"
+        )
+    return files
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """As its EXIF orientation says; an EXIF that cannot be read says nothing, for the pixels are whole all the same."""
+    try:
+        turned = TURNED.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # whatever a camera wrote: Pillow raises a dozen types here
+        turned = None
+    return image if turned is None else image.transpose(turned)
+
+
 def load_image(path: Path, side: int | None = None) -> Tensor:
     """(3, H, W) in [-1, 1], EXIF rotation applied; with a side, the centre square of it, resized by Lanczos."""
     try:
         with Image.open(path) as image:
-            rgb = ImageOps.exif_transpose(image).convert("RGB")
+            rgb = upright(image).convert("RGB")
             if side is not None:
                 rgb = ImageOps.fit(rgb, (side, side), Image.Resampling.LANCZOS)
     except OSError as error:

@@ -62,6 +62,8 @@ class NoiseSpace(ChainSampler):
     Raises ValueError for less than one level or move, a negative `final`, or fewer than 4 replicas.
     """
 
+    weighs_deterministic = True
+
     def __init__(self, levels: int = 24, moves: int = 1, final: int = 8, replicas: int = 16):
         asked = (("levels", levels, 1), ("moves", moves, 1), ("final", final, 0), ("replicas", replicas, 4))
         for name, value, least in asked:
@@ -70,12 +72,12 @@ class NoiseSpace(ChainSampler):
         self.levels, self.moves, self.final, self.replicas = levels, moves, final, replicas
         self._burn_ins: dict[int, BurnIn] = {}
         self._of: tuple[Chain, Constraint] | None = None
-        self._walks: list[tuple[list[Row], Walk]] = []
+        self._records: list[dict[str, Tensor]] = []  # of the walks, a batch each
 
     def burn_in(self, parts: Parts, unit: int) -> BurnIn:
         """The unit's burn-in, begun at the first call. It knows its own unit, chain and noise, nothing of the plan."""
         if self._of is None or self._of[0] is not parts.chain or self._of[1] is not parts.constraint:
-            self._burn_ins, self._walks, self._of = {}, [], (parts.chain, parts.constraint)
+            self._burn_ins, self._records, self._of = {}, [], (parts.chain, parts.constraint)
         if unit not in self._burn_ins:
             rows = [Row(unit, 0.0, seed) for seed in range(self.replicas)]
             space = NoiseMap(parts.chain, parts.bound(rows))
@@ -123,7 +125,7 @@ class NoiseSpace(ChainSampler):
             energies[:, k] = point.energy
         found = Walk(point, log_w, ladder, beta, energies, accepted, trace, lost)
         if moves:
-            self._walks.append((list(rows), replace(found, point=None)))
+            self._records.append(_record(rows, found))
         return found
 
     def _steps(self, parts: Parts, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
@@ -143,26 +145,48 @@ class NoiseSpace(ChainSampler):
     def describe(self) -> dict:
         return super().describe() | {"ladder": "even in the thermodynamic length of the burn-in"}
 
-    def diagnostics(self) -> list[dict]:
-        """For each (unit, strength > 0) walked so far: unit (index), strength, n; ladder, beta, acceptance (K each, s_1
-        to s_K); autocorrelation (moves) and effective samples of the further moves at s; lost proposals."""
-        names = sorted({(r.unit, r.strength) for rows, _ in self._walks for r in rows if r.strength > 0})
+    def recorded(self) -> dict[str, Tensor] | None:
+        """Of the guided rows of the last batch: unit (index), strength, seed, lost (B,); ladder, beta, accepted (B, K); trace."""
+        return self._records[-1] if self._records else None
+
+    def diagnostics(self, records: Sequence[dict[str, Tensor]] | None = None) -> list[dict]:
+        """For each (unit, strength > 0) walked so far, or in these records of several calls: unit (index), strength, n; ladder,
+        beta, acceptance (K each, s_1 to s_K); autocorrelation (moves) and effective samples of the further moves at s;
+        lost proposals."""
+        of: dict[
+            tuple[int, float], dict[int, dict[str, np.ndarray]]
+        ] = {}  # a row that was walked twice counts once
+        for record in self._records if records is None else records:
+            columns = {k: v.cpu().numpy() for k, v in record.items()}
+            for i, (unit, strength, seed) in enumerate(
+                zip(*(columns[k].tolist() for k in ("unit", "strength", "seed")))
+            ):
+                of.setdefault((unit, strength), {})[seed] = {k: v[i] for k, v in columns.items()}
         out = []
-        for unit, strength in names:
-            mine = [(w, [i for i, r in enumerate(rows) if (r.unit, r.strength) == (unit, strength)])
-                    for rows, w in self._walks]  # fmt: skip
-
-            def take(name: str, mine: list = mine) -> np.ndarray:
-                return torch.cat([getattr(w, name)[i] for w, i in mine if i]).cpu().numpy()
-
-            trace = take("trace")
-            tau, effective = autocorrelation_time(trace[np.isfinite(trace).all(1)])
+        for (unit, strength), walks in sorted(of.items()):
+            take = {
+                k: np.stack([w[k] for w in walks.values()])
+                for k in ("ladder", "beta", "accepted", "trace", "lost")
+            }
+            tau, effective = autocorrelation_time(take["trace"][np.isfinite(take["trace"]).all(1)])
             out.append({
-                "unit": unit, "strength": strength, "n": len(trace), "ladder": take("ladder")[0, 1:].tolist(),
-                "beta": take("beta")[0, 1:].tolist(), "acceptance": take("accepted").mean(0).tolist(),
-                "autocorrelation": tau, "effective": effective, "lost": int(take("lost").sum()),
+                "unit": unit, "strength": strength, "n": len(walks), "ladder": take["ladder"][0].tolist(),
+                "beta": take["beta"][0].tolist(), "acceptance": take["accepted"].mean(0).tolist(),
+                "autocorrelation": tau, "effective": effective, "lost": int(take["lost"].sum()),
             })  # fmt: skip
         return out
+
+
+def _record(rows: Sequence[Row], walk: Walk) -> dict[str, Tensor]:
+    guided = [i for i, r in enumerate(rows) if r.strength > 0]
+    tables = {"ladder": walk.ladder[:, 1:], "beta": walk.beta[:, 1:], "accepted": walk.accepted}
+    tables |= {"trace": walk.trace, "lost": walk.lost}
+    return {
+        "unit": torch.tensor([rows[i].unit for i in guided]),
+        "strength": torch.tensor([rows[i].strength for i in guided], dtype=torch.float64),
+        "seed": torch.tensor([rows[i].seed for i in guided]),
+        **{k: v[guided].cpu().contiguous() for k, v in tables.items()},
+    }
 
 
 def path_kl(strength: Tensor, energy: Tensor, log_w: Tensor) -> Tensor:

@@ -73,10 +73,12 @@ def unguided(
 
 
 def trusted_weights(energy: Tensor, strength: float, least_ess: float) -> tuple[Tensor, float]:
-    """Normalised weights exp(-s' E) (P,) and s', the largest one in (0, strength] of ESS >= least_ess, by bisection."""
+    """Normalised weights exp(-s' E) (P,) and s', the largest one in (0, strength] of ESS >= least_ess, by bisection. A sample whose
+    energy is not finite has weight 0."""
+    finite, energy = torch.isfinite(energy), energy.double().nan_to_num(0.0, 0.0, 0.0)
 
     def weights(s: float) -> Tensor:
-        return (-s * energy.double()).softmax(0)
+        return torch.where(finite, -s * energy, -torch.inf).softmax(0)
 
     def ess(s: float) -> float:
         return float(1 / weights(s).square().sum())

@@ -1,0 +1,124 @@
+"""What a run keeps beside its samples: the pilot of each unit, what guidance learned from it, and a sampler's records.
+
+A pilot is named by prior, unit and chain, a lesson by energy and guidance besides, and neither by the plan: with a cache, a
+folder of the user's, other runs take them from there.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tiltlens.guidance.learned import Lesson
+from tiltlens.run_folder import RunFolder
+from tiltlens.sampling.pilot import UnitPilot
+from tiltlens.units import Unit
+
+PILOT = ("prior", "chain", "pilot", "noise_aware")  # of a run's identity, what names a pilot
+LESSON = (*PILOT, "energy", "guidance", "natural")
+
+
+class PilotStore:
+    """The pilot of each unit under DIR/pilot, and what guidance learned from it; both in module.cache too, where there is one.
+    module: a SamplingModule that is loaded."""
+
+    def __init__(self, folder: RunFolder, module: Any):
+        self.path, self.cache = Path(folder.path) / "pilot", module.cache and Path(module.cache)
+        self._identity = module.describe()
+
+    def load_pilots(self, units: list[Unit]) -> list[UnitPilot] | None:
+        """None unless every unit has its pilot."""
+        return self._load(UnitPilot, [(self._file(u), self._shared(PILOT, u)) for u in units])
+
+    def save_pilots(self, units: list[Unit], pilots: list[UnitPilot]) -> None:
+        self._save(pilots, [(self._file(u), self._shared(PILOT, u)) for u in units])
+
+    def load_lessons(self, units: list[Unit]) -> list[Lesson] | None:
+        """None unless every unit has its lesson."""
+        return self._load(Lesson, [(self._lesson(u), self._shared(LESSON, u)) for u in units])
+
+    def save_lessons(self, units: list[Unit], lessons: list[Lesson]) -> None:
+        self._save(lessons, [(self._lesson(u), self._shared(LESSON, u)) for u in units])
+
+    def load_natural(self, units: list[Unit]) -> list[Tensor] | None:
+        """Member activations (N, k) of each unit on the images of model.natural; None where they have not been read."""
+        file = self.path / "natural.safetensors"
+        found = load_file(file) if file.exists() else {}
+        return [found[u.slug] for u in units] if all(u.slug in found for u in units) else None
+
+    def save_natural(self, units: list[Unit], members: list[Tensor]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        fresh = self.path / f"natural.{os.getpid()}.part"
+        save_file({u.slug: m.contiguous() for u, m in zip(units, members)}, fresh)
+        fresh.replace(self.path / "natural.safetensors")
+
+    def _file(self, unit: Unit) -> Path:
+        return self.path / f"{unit.slug}.safetensors"
+
+    def _lesson(self, unit: Unit) -> Path:
+        return self.path / f"{unit.slug}.learned.safetensors"
+
+    def _shared(self, names: tuple[str, ...], unit: Unit) -> Path | None:
+        """Its place in the cache."""
+        if self.cache is None:
+            return None
+        told = {k: self._identity.get(k) for k in names} | {"unit": self._identity["unit_sha256"][unit.name]}
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+        kind = "pilot" if names == PILOT else "learned"
+        return self.cache / f"{unit.slug}-{digest[:16]}.{kind}.safetensors"
+
+    def _load(self, kind: Any, files: list[tuple[Path, Path | None]]) -> list | None:
+        found = []
+        for own, shared in files:
+            if own.exists():
+                found.append(kind.load(own))
+            elif shared is None or not shared.exists():
+                return None
+            else:
+                try:
+                    found.append(kind.load(shared))
+                except (OSError, KeyError, ValueError, SafetensorError):  # damaged: made again
+                    return None
+                _copy(shared, own)
+        return found
+
+    def _save(self, things: list, files: list[tuple[Path, Path | None]]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        for thing, (own, shared) in zip(things, files):
+            thing.save(own)
+            if shared is not None:
+                _copy(own, shared)
+
+
+class RecordStore:
+    """What a sampler recorded of each batch (`ChainSampler.recorded`), under DIR/records."""
+
+    def __init__(self, folder: RunFolder):
+        self.path = Path(folder.path) / "records"
+
+    def save(self, record: dict[str, Tensor] | None) -> None:
+        if record is None:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        names = repr([record[k].tolist() for k in ("unit", "strength", "seed")])
+        file = self.path / f"{hashlib.sha256(names.encode()).hexdigest()[:24]}.safetensors"
+        fresh = file.with_suffix(f".{os.getpid()}.part")
+        save_file(record, fresh)
+        fresh.replace(file)
+
+    def load(self) -> list[dict[str, Tensor]]:
+        return [load_file(file) for file in sorted(self.path.glob("*.safetensors"))]
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Under another name first: another run may do the same."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_suffix(f".{os.getpid()}.part")
+    shutil.copyfile(source, fresh)
+    fresh.replace(target)
