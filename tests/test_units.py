@@ -14,6 +14,7 @@ from torch import nn
 
 from tiltlens.units import Encoder, Projection, UnitBank, build_unit, load_encoder, register_encoder
 from tiltlens.units import sources as sources_module
+from tiltlens.units.bank import check_addresses
 
 SMALL = {"embed_dim": 24, "depth": 3, "num_heads": 2, "img_size": 64}
 
@@ -372,3 +373,49 @@ def test_torchvision_and_encoders_built_in_python(images):
     assert read("torchvision:squeezenet1_1,weights=random:0,class=goldfish", images[:1]).shape == (1,)
     register_encoder(Encoder(Blocks(), 16, (0.1, 0.2, 0.3), (1, 1, 1), name="mine", class_names=["a", "b"]))
     assert read("mine,class=b", images).shape == (5,)
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ("layer=blocks.99,channel=0", "unknown layer 'blocks.99'.*near names: blocks"),
+        ("layer=blocks.9,channel=384", "384 channels, 0 to 383"),
+        ("layer=blocks.9,tokens=cell:16:0,channel=0", "16 x 16 patches"),
+        ("class=horse", "no class names"),
+    ],
+)
+def test_an_address_is_held_against_the_architecture_before_weights_are_fetched(rest, message, monkeypatch):
+    """The weights are pretrained ones: to fetch them would fail here, with another error."""
+    monkeypatch.setattr(sources_module, "_loaded", {})
+    unit = build_unit(f"vit_small_patch16_dinov3.lvd1689m,{rest}")
+    with pytest.raises(ValueError, match=message):
+        check_addresses([unit])
+    check_addresses([build_unit("torchvision:resnet18,class=goldfish"), build_unit("bundled,class=horse")])
+    assert not sources_module._loaded
+
+
+class Fixed(torch.nn.Module):
+    """Takes 32 pixels and nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(3 * 32 * 32, 5)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+
+
+def preprocessed():
+    return Encoder(Fixed(), 32, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0), "bilinear")
+
+
+def test_a_model_that_does_not_take_its_input_size_is_an_error_of_the_users():
+    with pytest.raises(ValueError, match=r"does not take its own input size, 224 x 224.*input_size"):
+        UnitBank([build_unit("test_units:Fixed,channel=1")]).validate_encoders()
+
+
+def test_a_factory_may_make_an_encoder_with_its_preprocessing():
+    unit = build_unit("test_units:preprocessed,channel=1").load()
+    assert (unit.encoder.name, unit.encoder.input_size) == ("test_units:preprocessed", (32, 32))
+    assert (unit.encoder.mean, unit.encoder.interpolation) == ((0.1, 0.2, 0.3), "bilinear")
+    UnitBank([unit]).validate_encoders()

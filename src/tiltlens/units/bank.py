@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from tiltlens.units.encoder import Encoder
 from tiltlens.units.noise_aware import NoiseAware
-from tiltlens.units.unit import Unit
+from tiltlens.units.sources import sketch_encoder
+from tiltlens.units.unit import EncoderUnit, Unit
 
 
 class UnitBank(nn.Module):
@@ -98,11 +99,32 @@ class UnitBank(nn.Module):
         return out
 
     @torch.no_grad()
-    def validate(self, size: int | Sequence[int]) -> None:
-        """One dry run of every unit on an empty input: an image of this side, or one input of this shape.
+    def validate_encoders(self) -> None:
+        """One dry run of every unit that has an encoder, on an empty image of the encoder's own input size.
 
-        Raises ValueError for what only a forward shows: tokens, cells, channels out of range, layers never
-        called.
+        Raises ValueError for what only a forward shows: tokens, cells, channels out of range, layers never called, an input
+        size that the model itself does not take.
+        """
+        everyone = dict.fromkeys(m for members in self._members for m in members)
+        for reader, members in self._groups(everyone, None):
+            if reader is not None:
+                device = next(reader.parameters(), torch.zeros(())).device
+                x = torch.zeros(1, 3, *reader.input_size, device=device)
+                try:
+                    seen = _see(reader, members, x, None)
+                except (RuntimeError, AssertionError) as error:
+                    height, width = reader.input_size
+                    raise ValueError(
+                        f"the encoder {reader.name} does not take its own input size, {height} x {width} pixels: "
+                        f"{' '.join(str(error).split())[:200]}. A factory's module says another as its attribute input_size"
+                    ) from error
+                for h, read in seen.values():
+                    read(h)
+
+    @torch.no_grad()
+    def validate(self, size: int | Sequence[int]) -> None:
+        """The same on what a prior gives: an image of this side, or one input of this shape. Raises as `validate_encoders`,
+        and for inputs that a unit cannot read.
         """
         shape = (3, size, size) if isinstance(size, int) else tuple(size)
         if len(self.encoders) and len(shape) != 3:
@@ -116,6 +138,17 @@ class UnitBank(nn.Module):
             x = torch.zeros(1, *shape, device=device)
             for h, read in _see(reader, members, x, None).values():
                 read(h)
+
+
+def check_addresses(units: Iterable[Unit]) -> None:
+    """`UnitBank.validate_encoders` before any weights are fetched, by the architecture alone, where that can be had. Raises
+    ValueError, with near names."""
+    for m in dict.fromkeys(m for unit in units for m in unit.members):
+        if not isinstance(m, EncoderUnit) or m.encoder is not None or m.address.kind == "sae":
+            continue
+        sketch = sketch_encoder(m.address.encoder, m.address.weights)
+        if sketch is not None:
+            UnitBank([EncoderUnit(m.address).load(sketch)]).validate_encoders()
 
 
 def _see(

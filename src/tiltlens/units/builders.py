@@ -18,16 +18,18 @@ from tiltlens.units.near import near
 from tiltlens.units.weights import read_weights, require_file
 
 
-def build_timm(name: str, source: str, weights: str | None) -> Encoder:
+def build_timm(name: str, source: str, weights: str | None, sketch: bool = False) -> Encoder:
     """source: what timm.create_model understands. Preprocessing and labels are those of the pretrained
-    config."""
+    config. sketch: the architecture alone, on the meta device: shapes and names, no numbers."""
     seed = random_seed(weights)
     # source="timm": of all the places that a config may name, the state dict given here counts
     overlay = None
     if seed is None and weights:
         overlay = {"source": "timm", "state_dict": read_weights(weights), "custom_load": False}
-    with _seeded(seed), fetching(name, weights):
-        model = timm.create_model(source, pretrained=seed is None, pretrained_cfg_overlay=overlay)
+    with _seeded(seed), fetching(name, weights), _device(sketch):
+        model = timm.create_model(
+            source, pretrained=seed is None and not sketch, pretrained_cfg_overlay=overlay
+        )
     model.pretrained_cfg.pop("state_dict", None)  # a second copy of the weights
     cfg = resolve_model_data_config(model)
     labels, ids = model.pretrained_cfg.get("label_names"), None
@@ -45,13 +47,13 @@ def build_timm(name: str, source: str, weights: str | None) -> Encoder:
     )
 
 
-def build_torchvision(name: str, model_name: str, weights: str | None) -> Encoder:
-    """Preprocessing of torchvision's best weights of this model; its classes are ImageNet's."""
+def build_torchvision(name: str, model_name: str, weights: str | None, sketch: bool = False) -> Encoder:
+    """Preprocessing of torchvision's best weights of this model; its classes are ImageNet's. sketch: as above."""
     best = torchvision_models.get_model_weights(model_name).DEFAULT
     seed = random_seed(weights)
     state = read_weights(weights) if seed is None and weights else None
-    with _seeded(seed), fetching(name, weights):
-        model = torchvision_models.get_model(model_name, weights=None if weights else best)
+    with _seeded(seed), fetching(name, weights), _device(sketch):
+        model = torchvision_models.get_model(model_name, weights=None if weights or sketch else best)
         if state is not None:
             if hasattr(model, "transform_input"):
                 model.transform_input = True  # as torchvision itself does with its own weights
@@ -73,7 +75,7 @@ def build_torchvision(name: str, model_name: str, weights: str | None) -> Encode
 
 def build_factory(name: str, weights: str | None) -> Encoder:
     """package.module:factory; what the module says of its preprocessing and tokens as attributes is taken
-    over."""
+    over. A factory that makes an Encoder has said it all."""
     path, attribute = module_and_attribute(name)
     module = importlib.import_module(path)
     if not callable(getattr(module, attribute, None)):
@@ -89,7 +91,10 @@ def build_factory(name: str, weights: str | None) -> Encoder:
     if seed is None and weights:
         state = read_weights(weights)
         with fetching(name, weights):
-            model.load_state_dict(state)
+            (model.model if isinstance(model, Encoder) else model).load_state_dict(state)
+    if isinstance(model, Encoder):
+        model.name = name  # what it is asked for by
+        return model
     names = ("interpolation", "class_names", "num_prefix_tokens", "num_registers")
     own = {k: getattr(model, k) for k in names if hasattr(model, k)}
     size = getattr(model, "input_size", 224)
@@ -117,6 +122,10 @@ def require_weights(weights: str | None) -> None:
     """Raises FileNotFoundError unless there is nothing to read, a seed, or a file."""
     if weights and random_seed(weights) is None:
         require_file(weights, "the weights")
+
+
+def _device(sketch: bool) -> contextlib.AbstractContextManager:
+    return torch.device("meta") if sketch else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -74,7 +74,9 @@ class Combination(Unit):
 
     def combine(self, z: Tensor) -> Tensor:
         if self.rule == "sum":
-            return z[:, : self.size] @ z.new_tensor(self.weights)
+            return (z[:, : self.size] * z.new_tensor(self.weights)).sum(
+                1
+            )  # a product of matrices rounds by batch size
         if self.rule == "versus":
             return z[:, 0] - z[:, 1]
         return math.log(2) - torch.logaddexp(-z[:, 0], z[:, 1])

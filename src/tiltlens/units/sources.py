@@ -5,8 +5,8 @@
     torchvision:resnet50, or resnet50   any torchvision classifier (the prefix where timm has the name too)
     package.module:factory              any importable maker of an nn.Module (or package.module.factory)
 
-A factory's module may say input_size, mean, std, interpolation, class_names, num_prefix_tokens and
-num_registers of its own; what it does not say is 224, 0.5, 0.5, bicubic, and nothing. `register_encoder`
+A factory may make an `Encoder`, with all of its preprocessing; or its module may say input_size, mean, std, interpolation, class_names, num_prefix_tokens and
+num_registers of its own, and what it does not say is 224, 0.5, 0.5, bicubic, and nothing. `register_encoder`
 makes one that was built in Python addressable. weights = "random:SEED" leaves a network untrained, from that
 seed: for trying out an address whose weights are not at hand.
 """
@@ -82,6 +82,18 @@ def find_encoder(name: str, weights: str | None = None) -> Callable[[], Encoder]
         raise ValueError(f"unknown encoder {name!r}, which is a folder: write local-dir:{name}")
     known = ["bundled", *timm.list_models(), *timm.list_pretrained(), *_torchvision_names()]
     raise ValueError(f"unknown encoder {name!r}; {near(bare, known)}")
+
+
+def sketch_encoder(name: str, weights: str | None = None) -> Encoder | None:
+    """The architecture of an encoder whose weights would have to be fetched, on the meta device: shapes and names, for every
+    check that needs no numbers. None where it is at hand, or where its configuration lies on the hub, too."""
+    if (name, weights) in _loaded or weights or name == "bundled":
+        return None
+    prefix, _, rest = name.partition(":")
+    if timm.is_model(name.partition(".")[0]):
+        return build_timm(name, name, None, sketch=True)
+    bare = rest if prefix == "torchvision" else name
+    return build_torchvision(name, bare, None, sketch=True) if bare in _torchvision_names() else None
 
 
 @cache
