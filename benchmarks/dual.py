@@ -1,9 +1,9 @@
 """The dual on real units: is "q0.999" met within one standard error, with nothing tuned, at the cost of three sweeps.
 
-    python benchmarks/dual.py [--out DIR] [--constraint q0.999] [--units ADDRESS ...] [--n 32] [--quick]
+    python benchmarks/dual.py [--out DIR] [--constraint q0.999] [--units ADDRESS ...] [--n 32] [--particles 8] [--quick]
 
 Ten units of the bundled encoder, five classes and five channels, solved in one run as `sample.py --constraint` does, by
-particles: natural samples, a first sweep of three strengths, then strengths near the solution, then more rows there where
+guided chains, or with --particles by groups of so many: natural samples, a first sweep of three strengths, then strengths near the solution, then more rows there where
 they would sharpen the value or let the exact law be certified. A sweep is --n natural rows and --n at each of three
 strengths. The pilot of 1,000 is what a quantile of 0.999 takes.
 
@@ -31,7 +31,7 @@ from tiltlens.estimates.dual import FIRST
 from tiltlens.guidance import Calibrated
 from tiltlens.modules.results import columns
 from tiltlens.report.digits import number, plus_minus
-from tiltlens.sampling import Particles
+from tiltlens.sampling import Independent, Particles
 
 UNITS = [
     "bundled,class=horse",
@@ -64,7 +64,7 @@ def solve(asked: argparse.Namespace) -> list[dict]:
     """Each unit's certificate and costs."""
     result = tilt(
         "bundled", asked.units, n=asked.n, constraint=asked.constraint, guidance=Calibrated(),
-        sampler=Particles(asked.particles), steps=asked.steps, pilot=asked.pilot, batch_size=asked.n,
+        sampler=Particles(asked.particles) if asked.particles else Independent(), steps=asked.steps, pilot=asked.pilot, batch_size=asked.n,
         precision=asked.precision, out=asked.out,
     )  # fmt: skip
     rows, told = columns(result.folder.samples()), result.folder.read_manifest()["constraint"]
@@ -116,8 +116,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="run folders, and figures.json")
     parser.add_argument("--constraint", default="q0.999")
     parser.add_argument("--units", nargs="+", default=UNITS, help="addresses")
-    parser.add_argument("--n", type=int, default=32, help="rows a strength, in whole groups")
-    parser.add_argument("--particles", type=int, default=8, help="of a group")
+    parser.add_argument("--n", type=int, default=32, help="rows a strength, in whole groups of particles")
+    parser.add_argument("--particles", type=int, default=0, help="of a group; 0 for independent chains")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--pilot", type=int, default=1000)
     parser.add_argument("--precision", default="bfloat16", choices=("float32", "bfloat16"))
@@ -130,7 +130,8 @@ def main() -> None:
     figures = solve(asked)
     print(*(f["text"] for f in figures), sep="\n", file=sys.stderr)
     print(
-        f"{asked.constraint}, {asked.n} rows a strength in groups of {asked.particles}, {asked.steps} steps, pilot {asked.pilot}; "
+        f"{asked.constraint}, {asked.n} rows a strength{f' in groups of {asked.particles}' if asked.particles else ''}, "
+        f"{asked.steps} steps, pilot {asked.pilot}; "
         f"{(time.perf_counter() - start) / 60:.1f} minutes"
         + (" (--quick: the figures mean nothing)" if asked.quick else "")
         + "\n"

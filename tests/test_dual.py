@@ -9,14 +9,14 @@ from test_estimates_oracle import CONTROLS, STEPS, V, linear, optimal, pilot_of,
 
 from tiltlens import GaussianMixture, Linear, Projection, tilt
 from tiltlens.estimates import estimate_curve
-from tiltlens.estimates.dual import _of_sampled, certify, tidy
+from tiltlens.estimates.dual import _of_sampled, _sampled, certify, tidy
 from tiltlens.estimates.importance import KL_ROOT, relative_variance, rows_needed
 from tiltlens.estimates.samples import Samples
 from tiltlens.guidance import Exact
 from tiltlens.modules.command_line import run as run_program
 from tiltlens.modules.dual import BUDGET, Asked, ConstraintPlan
 from tiltlens.modules.sampling_cli import main
-from tiltlens.sampling import Particles
+from tiltlens.sampling import NoiseSpace, Particles
 from tiltlens.units.calibration import Natural
 
 
@@ -325,3 +325,61 @@ def test_a_value_that_is_near_but_off_by_more_than_its_error_is_refined_while_th
     assert not plan.grow([found._asdict()])
     near = [(s, m, 0.1) for s, m, _ in sampled]
     assert _of_sampled("activation", 4.0, near, {r["strength"]: r for r in rows}, (0.0, 4.008)).propose == ()
+
+
+def test_a_value_that_is_near_from_below_at_every_strength_asks_for_a_greater_one():
+    """No two strengths bracket the target of a unit that saturates: the last one's slope says how far on."""
+    rows = [
+        {"strength": s, "activation_mean": m, "activation_se": 0.002, "kl": None, "kl_se": None, "kl_lower": 1.0, "path_kl": 2.0}
+        for s, m in ((4.0, 3.93), (8.0, 3.97))
+    ]  # fmt: skip
+    sampled = [(r["strength"], r["activation_mean"], r["activation_se"]) for r in rows]
+    found = _of_sampled("activation", 4.0, sampled, {r["strength"]: r for r in rows}, (0.0, 3.97))
+    assert (found.status, found.propose) == ("reached", (pytest.approx(8 + 0.03 / 0.01),))
+
+
+def test_a_value_without_an_error_is_not_met_until_there_are_more_groups():
+    """One group of particles a strength: its spread is unknown, and not zero."""
+    rows = [
+        {"strength": s, "activation_mean": m, "activation_se": None, "kl": None, "kl_se": None, "kl_lower": 1.0, "path_kl": 2.0}
+        for s, m in ((1.0, 0.5), (2.0, 1.02))
+    ]  # fmt: skip
+    found = _of_sampled(
+        "activation", 1.0, _sampled("activation", rows), {r["strength"]: r for r in rows}, (0.0, 1.02)
+    )
+    assert (found.status, found.value_se, found.propose, found.enlarge) == ("open", None, (), 4.0)
+    far = _of_sampled(
+        "activation", 1.5, _sampled("activation", rows), {r["strength"]: r for r in rows}, (0.0, 1.02)
+    )
+    assert (far.status, far.enlarge) == ("open", 1.0)
+    assert len(far.propose) == 1
+    plan = ConstraintPlan(Asked.parse("z=1"), 8, 0, 8)
+    plan.of = {0: {0.0: 1, 1.0: 1, 2.0: 1}}
+    assert plan.grow([found._asdict()])
+    assert plan.of[0] == {0.0: 1, 1.0: 1, 2.0: 2}
+    assert not plan.grow([far._asdict()], lambda s: s <= 2)
+
+
+def test_a_plain_run_in_between_is_no_larger_plan(tmp_path):
+    """Strengths that a plain run has added are kept, and count."""
+    ask = {
+        "n": 16,
+        "energy": Linear(False),
+        "guidance": Exact(),
+        "steps": 12,
+        "out": tmp_path,
+        "accelerator": "cpu",
+        "pilot": 32,
+    }
+    prior, unit = GaussianMixture([1.0], [[0.0]], [1.0]), Projection([1.0])
+    first = tilt(prior, unit, constraint="z=1", **ask)
+    strengths = first.folder.read_manifest()["plan"]["strengths"]
+    tilt(prior, unit, [*strengths, 3.5], **ask)
+    again = tilt(prior, unit, constraint="z=1", **ask)
+    assert {3.5, *strengths} <= set(again.folder.read_manifest()["plan"]["strengths"])
+
+
+def test_nats_at_eta_0_are_for_a_sampler_that_has_them():
+    Asked.parse("kl=1").check(64, None, 0.0, NoiseSpace())
+    with pytest.raises(ValueError, match="eta = 0"):
+        Asked.parse("kl=1").check(64, None, 0.0, Particles(8))

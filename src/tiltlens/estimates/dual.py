@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tiltlens.estimates.dual_curve import Curve
-from tiltlens.estimates.importance import KL_ROOT, rows_needed
+from tiltlens.estimates.importance import GROUPS_MIN, KL_ROOT, rows_needed
 from tiltlens.estimates.pool import pool_draws
 from tiltlens.estimates.table import read_groups
 
@@ -145,7 +145,12 @@ def _between(
 def _sampled(kind: str, rows: list[dict]) -> list[tuple[float, float, float]]:
     """(strength, value, error) of the sampled law q' at each strength above 0."""
     value, se = ("path_kl", "path_kl_se") if kind == "kl" else ("activation_mean", "activation_se")
-    return [(r["strength"], r[value], r[se] or 0.0) for r in rows if r["strength"] and r[value] is not None]
+    unknown = 0.0 if kind == "kl" else np.inf  # the spread of one group says nothing
+    return [
+        (r["strength"], r[value], unknown if r[se] is None else r[se])
+        for r in rows
+        if r["strength"] and r[value] is not None
+    ]
 
 
 def _of_sampled(
@@ -159,13 +164,20 @@ def _of_sampled(
     k = int(np.argmin(abs(value - target)))
     row = by_strength[float(s[k])]
     told = {
-        "strength": float(s[k]), "value": float(value[k]), "value_se": float(se[k]), "kl_least": row["kl_lower"],
+        "strength": float(s[k]), "value": float(value[k]), "value_se": float(se[k]) if np.isfinite(se[k]) else None,
+        "kl_least": row["kl_lower"],
         "kl_most": row["path_kl"], "reach": reach,
     }  # fmt: skip
     good, wider = meets(value[k], se[k], target, reach[0])
+    if not np.isfinite(se[k]):  # of one group: more of them first, where it is near
+        good, wider = abs(value[k] - target) <= SHARP * (target - reach[0]), float(GROUPS_MIN)
     if good:
         status = "reached" if wider == 1 else "open"
-        closer = _between(kind, target, reach[0], sampled) if abs(value[k] - target) > se[k] else None
+        closer = None
+        if (
+            abs(value[k] - target) > se[k]
+        ):  # by NEAR alone; a unit that saturates may lie below it at every strength
+            closer = _between(kind, target, reach[0], sampled) or _beyond(kind, target, reach[0], s, value)
         told |= {"propose": (tidy(closer, by_strength),) if closer is not None else ()}
         return Certificate(status, "sampled", target, solution=float(s[k]), enlarge=wider, **told)
     solution = _between(kind, target, reach[0], sampled)
@@ -180,13 +192,18 @@ def _of_sampled(
         not seen and len(s) > 3 and gain < error and gain + error < target - value[-1]
     ):  # as much again would not do
         return Certificate("infeasible", "sampled", target, **told)
-    x, y = np.array([0.0, *s]), np.array([reach[0], *value])
+    more = _beyond(kind, target, reach[0], s, value)
+    return Certificate("open", "sampled", target, propose=(tidy(more, by_strength),), **told)
+
+
+def _beyond(kind: str, target: float, natural: float, s: np.ndarray, value: np.ndarray) -> float:
+    """The strength to try where the values at all strengths lie below the target."""
+    x, y = np.array([0.0, *s]), np.array([natural, *value])
     slope = (y[-1] - y[-2]) / (x[-1] - x[-2])  # at the end: means that saturate ask for long steps
     gain = 1 + (target - y[-1]) / (slope * x[-1]) if slope > 0 else STEP_UP
     if kind == "kl":  # grows like s^2
-        gain = np.sqrt((target - reach[0]) / max(value[-1] - reach[0], 1e-12))
-    factor = np.clip(gain, 1.25, STEP_UP)
-    return Certificate("open", "sampled", target, propose=(tidy(float(s[-1] * factor), by_strength),), **told)
+        gain = np.sqrt((target - natural) / max(value[-1] - natural, 1e-12))
+    return float(s[-1] * np.clip(gain, 1.25, STEP_UP))
 
 
 def meets(value: float, se: float, target: float, natural: float) -> tuple[bool, float]:

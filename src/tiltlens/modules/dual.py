@@ -8,6 +8,7 @@ twice: a folder that was left half-way, or solved for another constraint, is gon
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from tiltlens.modules.plan_data import PlanData
 from tiltlens.report import write_report
 from tiltlens.report.digits import number, plus_minus
 from tiltlens.run_folder import RunFolder
+from tiltlens.sampling import ChainSampler
 from tiltlens.sampling.plan import Row, plan
 from tiltlens.units.calibration import Natural
 
@@ -54,9 +56,9 @@ class Asked:
             raise ValueError(f"constraint {text!r}: expected a finite number of nats above 0")
         return cls(text, kind, level)
 
-    def check(self, pilot: int, natural: str | None, eta: float) -> None:
+    def check(self, pilot: int, natural: str | None, eta: float, method: ChainSampler | None = None) -> None:
         """Raises ValueError where the run will know no natural activations, or no nats, that the constraint speaks of."""
-        if self.kind == "kl" and eta == 0:
+        if self.kind == "kl" and eta == 0 and not (method and method.weighs_deterministic):
             raise ValueError(
                 f"constraint {self.text!r} speaks of nats, and a chain with eta = 0 has no path KL and no weights: set "
                 "model.eta above 0, or ask for an activation (z=..., q...)"
@@ -100,18 +102,26 @@ class ConstraintPlan(PlanData):
         """Start from natural samples, and from what a folder has planned before."""
         manifest = folder.read_manifest()
         told = manifest.get("constraint", {})
-        everyone = manifest.get("plan", {}).get("strengths", [])
+        solved = told.get("strengths", {})
+        everyone = set(manifest.get("plan", {}).get("strengths", [])) - set().union(
+            *solved.values()
+        )  # of a plain run
         for i, name in enumerate(units):
-            strengths = told.get("strengths", {}).get(name, everyone)
-            blocks = told.get("blocks", {}).get(name, [1] * len(strengths))
-            self.of[i] = {0.0: 1, **dict(zip(strengths, blocks))}
+            blocks = told.get("blocks", {}).get(name, [])
+            self.of[i] = {
+                0.0: 1,
+                **dict.fromkeys(sorted(everyone), 1),
+                **dict(zip(solved.get(name, []), blocks)),
+            }
         self._union()
 
-    def grow(self, found: list[dict]) -> bool:
-        """Add what the certificates propose; False where there is nothing to add, or no budget for it."""
+    def grow(self, found: list[dict], allowed: Callable[[float], bool] = lambda s: True) -> bool:
+        """Add what the certificates propose, of strengths that are allowed; False where there is nothing to add, or no budget
+        for it."""
         before = {i: dict(s) for i, s in self.of.items()}
         for i, entry in enumerate(found):
             mine = self.of[i]
+            entry = entry | {"propose": [s for s in entry.get("propose", ()) if allowed(s)]}
             left = BUDGET - sum(mine.values())
             if entry["status"] == "open" and left > 0:
                 mine |= {s: 1 for s in entry["propose"][:left] if s not in mine}
@@ -170,7 +180,7 @@ def solve(trainer: Trainer, module: Any, data: ConstraintPlan, writer: Any) -> l
             trainer.predict(module, datamodule=data, return_predictions=False)
             reused = writer.reused if reused is None else reused
             entries = folder.read_summary()["constraint"]
-            if not data.grow([entries[name] for name in names]):
+            if not data.grow([entries[name] for name in names], lambda s: _can(module, s)):
                 break
     finally:
         trainer.callbacks, writer.report = callbacks, report
@@ -184,6 +194,15 @@ def solve(trainer: Trainer, module: Any, data: ConstraintPlan, writer: Any) -> l
         if report:
             write_report(folder)
     return [entries[name] for name in names]
+
+
+def _can(module: Any, strength: float) -> bool:
+    """Whether the guidance was made for this strength."""
+    try:
+        module.guidance.check_target(module.prior, module.units, module.energy, [strength])
+    except ValueError:
+        return False
+    return True
 
 
 def say(asked: Asked, found: Certificate, natural: Natural, strengths: int) -> str:
