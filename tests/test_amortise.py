@@ -347,8 +347,10 @@ def test_an_adapter_of_a_network_is_trained_and_sampled_from_the_command_line(pi
     assert "trained at strength 2" in capsys.readouterr().err
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path):
-    """To the bit: a round's paths are kept, and what a step reads of them is named by the step."""
+@pytest.mark.parametrize("killed", [None, 8])
+def test_a_resumed_run_is_the_uninterrupted_one(killed, trained, tmp_path, monkeypatch):
+    """To the bit: a round's paths are kept, and what a step reads of them is named by the step; also where the checkpoint is of
+    an older round than the one that was broken off."""
     fit = ["fit", f"--config={CONFIG}", "--trainer.logger=false", "--trainer.accelerator=cpu"]
     fit += [
         "--model.steps=4",
@@ -358,11 +360,43 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path):
         "--model.pool=8",
         "--model.decay=0",
     ]
-    TrainingCLI([*fit, "--trainer.max_steps=4", f"--out={tmp_path / 'whole'}"])
+    steps, step = 4 if killed is None else 10, AmortiseModule.training_step
+
+    def broken_off(self, batch, number):
+        if self.global_step == killed:
+            raise RuntimeError("broken off")
+        return step(self, batch, number)
+
+    TrainingCLI([*fit, f"--trainer.max_steps={steps}", f"--out={tmp_path / 'whole'}"])
     TrainingCLI([*fit, "--trainer.max_steps=2", f"--out={tmp_path / 'cut'}"])
-    TrainingCLI([*fit, "--trainer.max_steps=4", f"--out={tmp_path / 'cut'}", "--ckpt_path=last"])
+    if killed:
+        monkeypatch.setattr(AmortiseModule, "training_step", broken_off)
+        with pytest.raises(RuntimeError, match="broken off"):
+            TrainingCLI(
+                [*fit, f"--trainer.max_steps={steps}", f"--out={tmp_path / 'cut'}", "--ckpt_path=last"]
+            )
+        monkeypatch.setattr(AmortiseModule, "training_step", step)
+    TrainingCLI([*fit, f"--trainer.max_steps={steps}", f"--out={tmp_path / 'cut'}", "--ckpt_path=last"])
     one, two = ((tmp_path / k / "adapter" / "adapter.safetensors").read_bytes() for k in ("whole", "cut"))
     assert one == two
+    told = [
+        json.loads((tmp_path / k / "adapter" / "config.json").read_text())["trained"]
+        for k in ("whole", "cut")
+    ]
+    assert told[0]["rounds"] == told[1]["rounds"] == -(-steps // 3)
+
+
+def test_accumulated_batches_are_different_ones(trained, tmp_path, monkeypatch):
+    seen, loss = [], AmortiseModule.adjoint_loss
+    monkeypatch.setattr(
+        AmortiseModule, "adjoint_loss", lambda self, n, g: seen.append(g.initial_seed()) or loss(self, n, g)
+    )
+    TrainingCLI([
+        "fit", f"--config={CONFIG}", "--trainer.logger=false", "--trainer.accelerator=cpu", "--model.steps=4", "--model.paths=4",
+        "--model.batch_size=2", "--model.pool=8", "--trainer.max_steps=2", "--trainer.accumulate_grad_batches=3",
+        f"--out={tmp_path}",
+    ])  # fmt: skip
+    assert len(set(seen)) == len(seen) == 6
 
 
 # --- refusals ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import struct
 import tarfile
 from itertools import islice
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import datasets
 
 from tiltlens.errors import UserError
@@ -324,3 +325,36 @@ def test_a_classifier_refuses_images_without_a_class(folder, tmp_path, monkeypat
     with pytest.raises(SystemExit):
         run(lambda: TrainingCLI(args))
     assert "has 24 images without a class, and EncoderModule learns classes" in capsys.readouterr().err
+
+
+def test_an_exif_that_cannot_be_rewritten_is_no_broken_image(tmp_path):
+    """Orientation 6 beside a resolution that is text, as some cameras write it: the pixels are whole."""
+    orientation, resolution = (
+        struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0),
+        struct.pack("<HHI4s", 0x011A, 2, 3, b"72"),
+    )
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + orientation + resolution + struct.pack("<I", 0)
+    Image.fromarray(pixels(0, 16)).save(tmp_path / "a.png", exif=exif)
+    with pytest.raises(TypeError):
+        ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
+    upright = np.asarray(to_rgb(Image.open(tmp_path / "a.png")))
+    assert np.array_equal(upright, np.rot90(pixels(0, 16), -1))
+
+
+def test_a_set_without_a_part_to_hold_out_is_not_validated_in_silence(data, folder):
+    """torchvision's ImageFolder has no test part: what is trained on would be what is held out."""
+    with pytest.warns(UserWarning, match="nothing is held out"):
+        data(f"torchvision:ImageFolder?root={folder}", f"torchvision:ImageFolder?root={folder}")
+
+
+def test_a_torchvision_set_of_files_is_known_by_its_files(data, folder):
+    source = lambda: open_source(f"torchvision:ImageFolder?root={folder}", False, SIZE, folder)  # noqa: E731
+    before = source().fingerprint
+    assert source().fingerprint == before
+    Image.fromarray(pixels(999)).save(folder / "cat" / "0.png")
+    assert source().fingerprint != before
+
+
+def test_a_prior_needs_no_classes_in_common(data, folder, tmp_path):
+    Image.fromarray(pixels(1)).save((tmp_path / "other").mkdir() or tmp_path / "other" / "0.png")
+    assert len(data(folder, tmp_path / "other").val_set[1]) == 1

@@ -15,6 +15,7 @@ from tiltlens.errors import UserError
 from tiltlens.guidance import DPS, LGD, MPGD, Calibrated, Learned, MomentMatched
 from tiltlens.modules.image_data import ImageFolderData
 from tiltlens.modules.noise_aware_module import OUTPUT, NoiseAwareModule
+from tiltlens.modules.own_samples import read_samples
 from tiltlens.modules.sampling_module import SamplingModule
 from tiltlens.modules.training_cli import TrainingCLI
 from tiltlens.priors import load_prior
@@ -265,3 +266,20 @@ def test_validate_alone_says_how_far_the_encoder_itself_is(parts, tmp_path):
     )  # fmt: skip
     (found,) = trainer.validate(module, data, verbose=False)
     assert 0 < found["val_error_output"] < float("inf")
+
+
+def test_readings_are_of_the_samples_that_were_read(tmp_path):
+    """Other samples of the same number, in the same folder, are read anew."""
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, enable_checkpointing=False)
+    read = lambda x: read_samples(trainer, x, "who", lambda images: images.mean((1, 2, 3))[:, None], "cpu")  # noqa: E731
+    ones = torch.ones(4, 3, 8, 8)
+    assert read(ones).mean() == 1
+    assert read(0 * ones).mean() == 0
+
+
+@pytest.mark.parametrize("batch", [5, 6, 9, 16])
+def test_every_batch_meets_every_quarter_of_the_levels(batch, parts):
+    module = NoiseAwareModule("small-net", prior=str(parts[0] / "prior"), own=0, own_share=0, log_snr=WINDOW)
+    found = module.estimates(torch.zeros(batch, 3, 8, 8), torch.Generator().manual_seed(0))[1]
+    assert len(found) == batch
+    assert len(set(found.tolist())) == 4

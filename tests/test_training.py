@@ -196,7 +196,7 @@ def test_learning_rate_follows_the_clock_where_time_is_the_limit():
     timer.time_elapsed, timer.time_remaining = lambda stage=None: 50.0, lambda stage=None: 50.0
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     for callbacks, expected in (([], 0.9), ([timer], 0.5)):
-        trainer = SimpleNamespace(estimated_stepping_batches=100, callbacks=callbacks)
+        trainer = SimpleNamespace(estimated_stepping_batches=100, callbacks=callbacks, world_size=1)
         schedule = warm_hold_decay(optimizer, trainer, 0.0, 1.0, "linear")
         assert schedule.lr_lambdas[0](10) == pytest.approx(expected)
     endless = SimpleNamespace(estimated_stepping_batches=float("inf"), callbacks=[])

@@ -9,9 +9,11 @@ from lightning import LightningDataModule, Trainer
 from prior_folders import ddpm, edm, flow, write_dit, write_ldm, write_pixel, write_text
 from torch.utils.data import DataLoader
 
+from tiltlens.errors import UserError
 from tiltlens.modules.ema import WarmEMA
 from tiltlens.modules.latents import LatentCache
 from tiltlens.modules.prior_module import LoRA, PriorModule
+from tiltlens.modules.prior_pipeline import begin
 from tiltlens.priors import load_prior
 from tiltlens.priors.latent import Codec
 
@@ -202,3 +204,23 @@ def test_a_compiled_module_trains_averages_and_exports_as_the_plain_one(tmp_path
         folders.append(module.export(tmp_path / name))
     plain, fast = (DiffusionPipeline.from_pretrained(f).unet.state_dict() for f in folders)
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_latent_prior_is_exported_without_clipping():
+    """diffusers' pipeline would clamp latents to [-1, 1] where neither training nor sample.py does; what is asked for is kept."""
+    codec = {"_class_name": "AutoencoderTiny", "latent_channels": 3, "encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8],
+             "num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1]}  # fmt: skip
+    assert begin(None, TINY, None, None).scheduler.config.clip_sample
+    assert not begin(None, TINY, None, codec).scheduler.config.clip_sample
+    assert begin(None, TINY, {"clip_sample": True}, codec).scheduler.config.clip_sample
+
+
+def test_a_prior_that_diffusers_would_sample_wrongly_is_said():
+    with pytest.warns(UserWarning, match=r"DDPMPipeline.*EDMEulerScheduler"):
+        begin(None, TINY, {"_class_name": "EDMEulerScheduler"}, None)
+
+
+def test_weights_in_half_precision_are_refused(tmp_path):
+    write_pixel(tmp_path, ddpm())
+    with pytest.raises(UserError, match="bf16-true"):
+        train(PriorModule(init_from=str(tmp_path)), precision="bf16-true")

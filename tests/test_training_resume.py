@@ -100,6 +100,28 @@ def assert_same(one, two, exactly=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def test_an_interrupt_ends_with_130_and_says_how_to_go_on(start, tmp_path):
+    # A suite that runs in the background of a script ignores SIGINT, and its children would, too.
+    victim = subprocess.Popen(
+        [sys.executable, str(TRAIN), *arguments(start, tmp_path / "out", 100_000)],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        limit = time.monotonic() + 200
+        while not (tmp_path / "out" / "checkpoints" / "last.ckpt").exists():
+            assert victim.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        victim.send_signal(signal.SIGINT)
+        said = victim.communicate(timeout=100)[1]
+    finally:
+        victim.kill()
+    assert victim.returncode == 130, said
+    assert "--ckpt_path last goes on" in said
+    assert not (tmp_path / "out" / "prior").exists()
+
+
 def test_killed_and_resumed_is_uninterrupted(start, tmp_path):
     """kill -9 at any moment after the first checkpoint; the same command with --ckpt_path last ends with the same bits."""
     lora = ("--model.lora.rank=2", "--trainer.accumulate_grad_batches=2")

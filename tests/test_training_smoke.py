@@ -53,6 +53,7 @@ def test_latents_and_what_was_trained_is_sampled(tmp_path, monkeypatch):
     run = Offline(tmp_path)
     for name in ("train_loss", "learning_rate", "gradient_norm", "images_per_second", "val_loss"):
         assert any(name in h for h in run.history), name
+    assert f"{tmp_path.name}-prior" in run.text  # the export, as an artifact
     args = [
         f"--model.prior={tmp_path / 'prior'}", "--model.steps=3", "--model.pilot=8", "--data.n=2",
         "--data.strengths=[0,1]", "--trainer.accelerator=cpu", "--trainer.logger=false", f"--out={tmp_path / 'out'}",
@@ -79,3 +80,15 @@ def test_noise_aware_twin(name, tmp_path, monkeypatch):
     ])  # fmt: skip
     told = RunFolder(tmp_path / "out").read_manifest()
     assert "noise_aware" in str(told)
+
+
+def test_sparse_autoencoder(tmp_path, monkeypatch):
+    """... and a latent of it is a unit."""
+    train("sae", tmp_path, monkeypatch, "--trainer.logger=false")
+    monkeypatch.setattr("sys.argv", ["sample.py"])
+    sampling_cli.main([
+        f"--model.unit=bundled,sae={tmp_path / 'sae'}#3", "--model.steps=3", "--model.pilot=8", "--data.n=2",
+        "--data.strengths=[0,1]", "--model.energy.class_path=Linear", "--model.energy.init_args.standardise=false",
+        "--trainer.accelerator=cpu", "--trainer.logger=false", f"--out={tmp_path / 'out'}",
+    ])  # fmt: skip
+    assert len(RunFolder(tmp_path / "out").read_summary()["rows"]) == 2

@@ -9,6 +9,7 @@ No images are needed. A round draws its paths from seeds that its number names, 
 a resumed run goes on as it was.
 """
 
+import json
 import math
 import time
 from dataclasses import fields
@@ -156,6 +157,10 @@ class AmortiseModule(LightningModule):
         self.matches: Matches | None = None
         self.round: int | None = None
         self.figures: list[dict[str, float]] = []  # a round each, of its paths
+        self.spent = 0.0  # processor seconds, before a resume
+        self.kept_from = self.saved_round = (
+            0  # rounds: the first whose paths lie in the folder, that of the last checkpoint
+        )
 
     def setup(self, stage: str) -> None:
         if self.trainer.precision != "32-true":
@@ -177,7 +182,7 @@ class AmortiseModule(LightningModule):
         controlled_steps(sampler.chain, self.until)
         self.sampler = sampler
         name = stream_seed(
-            f"{prior.fingerprint}/{bank.units[0].fingerprint}/{self.chain_settings}", self.pool_size, "start"
+            f"{prior.law}/{bank.units[0].fingerprint}/{self.chain_settings}", self.pool_size, "start"
         )
         file = Path(self.trainer.default_root_dir) / f"pool-{name:016x}.safetensors"
         if not file.is_file() and self.trainer.is_global_zero:
@@ -195,7 +200,7 @@ class AmortiseModule(LightningModule):
         pool = Pool.load(file)
         sampler.calibrate(None, [pool.members[:, 0, : bank.units[0].size]])
         self.read_pool(pool)
-        self.seconds = time.process_time()
+        self.seconds = time.process_time() - self.spent
 
     def read_pool(self, pool: Pool) -> None:
         """Weights of the warm start."""
@@ -220,11 +225,15 @@ class AmortiseModule(LightningModule):
 
     def train_dataloader(self) -> range:
         """Nothing but the count of steps: paths are made as they are needed."""
-        return range(self.trainer.max_steps if self.trainer.max_steps > 0 else 1_000_000)
+        steps = self.trainer.max_steps if self.trainer.max_steps > 0 else 1_000_000
+        return range(steps * self.trainer.accumulate_grad_batches)
 
     def training_step(self, batch: int, batch_idx: int) -> Tensor:
-        step = self.global_step
-        generator = torch.Generator().manual_seed(stream_seed("amortise", step, "step", self.global_rank))
+        step, seen = (
+            self.global_step,
+            self.trainer.fit_loop.epoch_loop.total_batch_idx,
+        )  # a step may accumulate batches
+        generator = torch.Generator().manual_seed(stream_seed("amortise", seen, "step", self.global_rank))
         if step < self.warm_steps:
             loss = self.warm_loss(generator)
             self.log("warm_loss", loss.detach(), prog_bar=True)
@@ -262,12 +271,11 @@ class AmortiseModule(LightningModule):
     def begin(self, number: int) -> Matches:
         """The paths of a round; those of the round that a resumed run stands in lie in its folder."""
         rank, ranks = self.global_rank, self.trainer.world_size
-        file = Path(self.trainer.default_root_dir) / f"paths-{rank}.safetensors"
+        file = self._paths(number)
         if file.is_file() and self.trainer.ckpt_path is not None:
             with safe_open(file, "pt") as stored:
-                mine = (stored.metadata() or {}).get("round") == f"{number}"
-            if mine:
-                return Matches(**{k: v.to(self.device) for k, v in load_file(file).items()})
+                self._tell(json.loads(stored.metadata()["figures"]), number)
+            return Matches(**{k: v.to(self.device) for k, v in load_file(file).items()})
         chain, strength = self.sampler.chain, self.strength * min(1.0, (number + 1) / self.ramp)
         first, parts, seen = (number * ranks + rank) * self.paths, [], []
         size = (
@@ -286,14 +294,36 @@ class AmortiseModule(LightningModule):
             "objective": float(objective.mean()), "objective_se": float(objective.std()) / self.paths**0.5,
             "path_kl": float(path_kl.mean()), "mean_energy": float(energy.mean()), "strength_of_round": strength,
         }  # fmt: skip
-        self.figures.append(figures)
+        self._tell(figures, number)
         self.log_dict(figures, batch_size=self.paths)
         if self.round_steps > 1:
             rank_zero_info(f"round {number}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+            part = file.with_name(f"{file.name}.part")
             save_file(
-                {f.name: getattr(found, f.name).cpu() for f in fields(Matches)}, file, {"round": f"{number}"}
+                {f.name: getattr(found, f.name).cpu() for f in fields(Matches)},
+                part,
+                {"figures": json.dumps(figures)},
             )
+            part.replace(file)
         return found
+
+    def _tell(self, figures: dict[str, float], number: int) -> None:
+        """What came of a round's paths; rounds after it, of a run that was broken off, are forgotten."""
+        self.figures = [*self.figures[:number], figures]
+
+    def _paths(self, number: int) -> Path:
+        return Path(self.trainer.default_root_dir) / f"paths-{self.global_rank}-{number}.safetensors"
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Figures and cost so far. Paths of rounds before the checkpoint that this one replaces are not asked for again."""
+        checkpoint["amortise"] = {"figures": self.figures, "seconds": time.process_time() - self.seconds}
+        for number in range(self.kept_from, self.saved_round):
+            self._paths(number).unlink(missing_ok=True)
+        self.kept_from, self.saved_round = self.saved_round, self.round or 0
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        told = checkpoint.get("amortise", {})
+        self.figures, self.spent = list(told.get("figures", [])), float(told.get("seconds", 0.0))
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(

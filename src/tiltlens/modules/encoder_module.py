@@ -97,6 +97,9 @@ class EncoderModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(batch["seed"])
         images = degrade(augment(batch["image"], generator), self.degraded, generator)
+        torch.manual_seed(
+            batch["seed"]
+        )  # dropped paths are drawn from the global generator: the batch names it too
         losses = [
             functional.cross_entropy(logits.float(), batch["label"], label_smoothing=self.label_smoothing)
             for logits in self.readouts(images)

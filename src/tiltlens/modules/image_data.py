@@ -92,11 +92,11 @@ class ImageFolderData(LightningDataModule):
         if self.val is None:
             self.val_set = self._read(source, sorted(held_out), False, broken)
         else:
-            if self.val == self.train and Path(self.train).is_dir():
+            trained, source = source.fingerprint, open_source(self.val, True, self.size, self.cache)
+            if source.fingerprint == trained:  # a folder, or a set that has no part of its own to hold out
                 rank_zero_warn(f"data.val is data.train, {self.val}: nothing is held out")
-            source = open_source(self.val, True, self.size, self.cache)
             self._check_labels("data.val", self.val, source)
-            if source.class_names != self.class_names:
+            if source.class_names != self.class_names and self._learns_classes():
                 raise UserError(
                     f"data.val {self.val} has classes {source.class_names}; expected those of data.train, "
                     f"{self.class_names}"
@@ -110,11 +110,14 @@ class ImageFolderData(LightningDataModule):
 
     def _check_labels(self, what: str, text: str, source: ImageSource) -> None:
         missing, module = int((source.labels < 0).sum()), getattr(self.trainer, "lightning_module", None)
-        if missing and getattr(module, "num_classes", None):
+        if missing and self._learns_classes():
             raise UserError(
                 f"{what} {text} has {missing} images without a class, and {type(module).__name__} learns "
                 "classes: expected FOLDER/CLASS/*.jpg, or .cls files in the shards"
             )
+
+    def _learns_classes(self) -> bool:
+        return bool(getattr(getattr(self.trainer, "lightning_module", None), "num_classes", None))
 
     def _check_size(self, n: int) -> None:
         if n < self.batch_size:

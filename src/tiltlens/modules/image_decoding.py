@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from tiltlens.errors import UserError
 from tiltlens.modules.image_sources import ImageSource
+from tiltlens.sampling.natural_images import upright
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 NAMED = 5  # broken images named in the error itself; all of them are in the log
@@ -24,7 +25,7 @@ NAMED = 5  # broken images named in the error itself; all of them are in the log
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any image of Pillow -> 8-bit RGB, upright, alpha on white. Raises ValueError for pixels of unknown range."""
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would clip at 255 and turn it white
         values = np.asarray(image).astype(np.float64)
         if values.min() < 0 or values.max() > 65535:

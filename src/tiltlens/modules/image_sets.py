@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from tiltlens.errors import UserError
 from tiltlens.modules.image_decoding import UNREADABLE, BrokenImages, decode
 from tiltlens.modules.image_sources import ImageSource
 
@@ -90,10 +91,11 @@ class LazyImages:
         return torch.stack([image for image, _ in read]), torch.tensor([row for _, row in read])
 
     def _one(self, row: int, at: tuple[float, float]) -> tuple[Tensor, int]:
-        while True:
+        for _ in range(len(self.numbers)):
             i = self.numbers[row]
             try:
                 return decode(self.source, i, self.size, self.resize, at), row
             except UNREADABLE as error:
                 self.broken.add(self.source.name(i), str(error))  # ends the search: it raises at the share
             row = (row + 1) % len(self.numbers)
+        raise UserError(f"{self.broken.what}: not one of {len(self.numbers)} images can be used")

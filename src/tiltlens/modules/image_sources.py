@@ -4,7 +4,7 @@
     CIFAR10, FakeData, ...                a data set of torchvision.datasets, where no folder has that name
     torchvision:CIFAR10?root=DIR          the same, with arguments of its class; nothing is fetched unless
                                           download=true is among them
-    tar:DIR/part-{000..010}.tar           WebDataset shards on disk: KEY.jpg with KEY.cls or KEY.json
+    tar:DIR/part-{000..010}.tar           WebDataset shards on disk: KEY.jpg with KEY.cls
     hf:NAME?split=train                   a Hugging Face data set, from the local cache unless download=true
 
 Every source is a table with random access: `len`, `labels`, `class_names`, `name(i)` and `open(i)`. That is
@@ -144,7 +144,9 @@ class TorchvisionSource:
             ) from error
         except (TypeError, ValueError) as error:
             raise UserError(f"torchvision's {name} refuses {given | part}: {error}") from error
-        self.text, self.fingerprint = name, f"torchvision {name} {given | part} {len(self.data)}"
+        told = given | part | ({"root": str(Path(given["root"]).resolve())} if "root" in given else {})
+        self.text = name
+        self.fingerprint = f"torchvision {name} {told} {len(self.data)} {files_of(self.data)}"
         named = (getattr(self.data, k, None) for k in ("targets", "_labels", "labels", "y"))
         labels = next((x for x in named if x is not None), None)
         if labels is None:  # only its items tell: each is read once
@@ -164,6 +166,23 @@ class TorchvisionSource:
 
     def open(self, i: int) -> Image.Image:
         return self.data[i][0]
+
+
+def files_of(data: Any) -> str:
+    """A digest of path, size and time of each image file of a set that reads its items from files; empty for others."""
+    lists = (
+        getattr(data, name, None) for name in ("samples", "_samples", "_image_files", "_images", "images")
+    )
+    found = next((x for x in lists if isinstance(x, list | tuple) and len(x)), ())
+    paths = [
+        Path(x[0] if isinstance(x, list | tuple) else x)
+        for x in found
+        if isinstance(x, str | Path | list | tuple)
+    ]
+    if not paths or not all(p.is_file() for p in paths):
+        return ""
+    said = repr([(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in paths])
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def _class(target: Any) -> int:

@@ -88,8 +88,11 @@ class LatentCache:
 
 
 def fingerprint(codec: Codec) -> str:
-    """16 hex digits of the autoencoder's weights, scale and shift."""
-    digest = hashlib.sha256(f"{codec.scale} {codec.shift}".encode())
+    """16 hex digits of the autoencoder's weights, config, scale and shift."""
+    config = sorted((k, v) for k, v in dict(codec.autoencoder.config).items() if not k.startswith("_"))
+    digest = hashlib.sha256(
+        f"{codec.scale} {codec.shift} {type(codec.autoencoder).__name__} {config}".encode()
+    )
     for part in _bytes(codec):
         digest.update(part)
     return digest.hexdigest()[:16]

@@ -58,6 +58,8 @@ def warm_hold_decay(
         u = step / total if step else min(1 / total, warmup)
         if timer is not None:
             u = max(u, timer.time_elapsed() / (timer.time_elapsed() + timer.time_remaining()))
+            if trainer.world_size > 1:  # each rank has a clock of its own
+                u = trainer.strategy.broadcast(u)
         return rate(u, warmup, decay, shape)
 
     return LambdaLR(optimizer, factor)

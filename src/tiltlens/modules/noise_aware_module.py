@@ -120,7 +120,11 @@ class NoiseAwareModule(LightningModule):
         self._prepared = False
 
     def setup(self, stage: str) -> None:
-        size, expected = getattr(self.trainer.datamodule, "size", None), self._parts[1].image_size
+        self.check_data(self.trainer.datamodule)
+
+    def check_data(self, data: Any) -> None:
+        """Raises UserError for images of another size."""
+        size, expected = getattr(data, "size", None), self._parts[1].image_size
         if size not in (None, expected):
             raise UserError(
                 f"data.size = {size}: the prior's images have {expected} pixels a side; set data.size to it"
@@ -155,7 +159,7 @@ class NoiseAwareModule(LightningModule):
         own = torch.full((len(images),), -1)
         count = round(self.own_share * len(images)) if self.own else 0
         if count:
-            apart = max(self.own - self.own // HELD_OUT, 1)
+            apart = max(self.own - max(self.own // HELD_OUT, 1), 1)
             first, end = (min(apart, self.own - 1), self.own) if held_out else (0, apart)
             own[:count] = torch.randint(first, end, (count,), generator=generator)
             x_0 = torch.cat([self.own_states[own[:count]].to(x_0), x_0[count:]])
@@ -170,7 +174,7 @@ class NoiseAwareModule(LightningModule):
         denoiser = self._parts[1].denoiser
         schedule, log_snr = denoiser.schedule, denoiser.schedule.log_snr
         out, levels = [], []
-        for k, part in enumerate(x_0.chunk(LEVELS)):
+        for k, part in enumerate(x_0.tensor_split(LEVELS)):
             u = (k + float(torch.rand(1, generator=generator))) / LEVELS
             t = int((log_snr - (self.low + u * (self.high - self.low))).abs().argmin())
             eps = torch.randn(part.shape, generator=generator).to(part)

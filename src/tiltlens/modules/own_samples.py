@@ -1,5 +1,6 @@
 """Samples of a prior itself, and what an encoder says of them: drawn once a run folder, for trainings that begin with them."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def own_samples(trainer: Trainer, prior: Prior, count: int, steps: int, device: 
         chain = Chain(prior.denoiser, step_indices(prior.denoiser.schedule, steps))
         return unguided(chain, count, "noise-aware", device, torch.float32)
 
-    name = stream_seed(f"{prior.fingerprint}/{steps}", count, "start")
+    name = stream_seed(f"{prior.law}/{steps}", count, "start")
     return _kept(trainer, f"own-{name:016x}", count, "x_0", draw)
 
 
@@ -40,7 +41,8 @@ def read_samples(
             part = part.to(device)
             yield torch.stack([read(part), read(part.flip(3))], 1).float()
 
-    key = stream_seed(name, len(x_0), "start")
+    drawn = hashlib.sha256(x_0.cpu().contiguous().numpy().tobytes()).hexdigest()
+    key = stream_seed(f"{name}\n{drawn}", len(x_0), "start")
     return _kept(trainer, f"own-read-{key:016x}", len(x_0), "activation", values)
 
 

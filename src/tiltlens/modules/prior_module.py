@@ -112,8 +112,24 @@ class PriorModule(LightningModule):
             shard(self.network, self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        size, side = getattr(self.trainer.datamodule, "size", None), self.network.config.sample_size
-        expected = side * (self.latents.codec.factor if self.latents else 1)
+        precision = str(self.trainer.precision)
+        if precision.endswith("-true") and precision != "32-true":
+            raise UserError(
+                f"trainer.precision = {precision}: noise levels and the average of weights need more; expected 32-true or a mixed one, "
+                "such as bf16-mixed"
+            )
+        self.check_data(self.trainer.datamodule)
+
+    @property
+    def side(self) -> int:
+        """Of a state."""
+        size = self.network.config.sample_size
+        return size if isinstance(size, int) else int(size[0])
+
+    def check_data(self, data: Any) -> None:
+        """Raises UserError for images of another size."""
+        size = getattr(data, "size", None)
+        expected = self.side * (self.latents.codec.factor if self.latents else 1)
         if size not in (None, expected):
             raise UserError(
                 f"data.size = {size}: the prior's images have {expected} pixels a side; set data.size to it"
@@ -138,8 +154,8 @@ class PriorModule(LightningModule):
     @property
     def denoiser(self) -> NetworkDenoiser:
         """The contract of sampling over the weights as they are now, for pictures and metrics in training."""
-        size = self.network.config.sample_size
-        return NetworkDenoiser(self, self.family.schedule, (self.channels, size, size), **self.family.tables)
+        shape = (self.channels, self.side, self.side)
+        return NetworkDenoiser(self, self.family.schedule, shape, **self.family.tables)
 
     def decode(self, x_0: Tensor) -> Tensor:
         """State (B, C, H, W) -> image (B, 3, H, W), about [-1, 1]."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 from diffusers import DDPMPipeline, LDMPipeline, SchedulerMixin, UNet2DModel
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from tiltlens.errors import UserError
@@ -14,6 +15,11 @@ from tiltlens.priors.latent import SUPPORTED as AUTOENCODERS
 from tiltlens.priors.pipeline import load_pipeline
 
 Config = dict[str, Any]
+CLIPS = ("DDPMScheduler", "DDIMScheduler")  # clip_sample is True by default
+CANNOT = {  # no scaling of the network's input, or no init_noise_sigma
+    DDPMPipeline: ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"),
+    LDMPipeline: ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+}
 
 
 def begin(
@@ -33,7 +39,15 @@ def begin(
             )
         return _load(str(init_from))
     unet = _build(network, "UNet2DModel", (UNet2DModel,), "model.network")
+    if autoencoder is not None and (scheduler or {}).get("_class_name", "DDPMScheduler") in CLIPS:
+        scheduler = {"clip_sample": False, **(scheduler or {})}  # latents are not confined to [-1, 1]
     noise = _build(scheduler, "DDPMScheduler", (SchedulerMixin,), "model.scheduler")
+    kind = DDPMPipeline if autoencoder is None else LDMPipeline
+    if type(noise).__name__ in CANNOT[kind]:
+        rank_zero_warn(
+            f"model.scheduler: diffusers' own {kind.__name__}, in which this prior will be exported, does not sample a "
+            f"{type(noise).__name__} rightly; sample.py does"
+        )
     if autoencoder is None:
         return DDPMPipeline(unet, noise)
     if isinstance(autoencoder, dict):

@@ -82,6 +82,8 @@ class TrainingCLI(CommandLine):
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
+        if hasattr(self.model, "check_data"):  # before a whole set is decoded
+            self.model.check_data(self.datamodule)
         if hasattr(self.model, "read_data"):  # a module may train on what it makes of the images
             self.datamodule = self.model.read_data(self.datamodule)
 
@@ -112,8 +114,20 @@ class TrainingCLI(CommandLine):
         config["logger"] = [CSVLogger(out, name="logs"), *loggers]
         return super().instantiate_trainer(**kwargs)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:
+            if not self.trainer.interrupted:
+                raise
+            print(
+                "interrupted: the same command with --ckpt_path last goes on from the last checkpoint",
+                file=sys.stderr,
+            )
+            raise KeyboardInterrupt from None  # Lightning makes an exit with status 1 of it
+
     def after_fit(self) -> None:
-        """The export: a fit that was cut short by max_time or by the user's signal exports what there is."""
+        """The export: a fit that was cut short by max_time exports what there is."""
         whole = not is_sharded(self.trainer)
         if not self.trainer.fast_dev_run and (
             self.trainer.is_global_zero or not whole
