@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 def test_rows_are_the_closed_form_at_any_strength_in_reach():
     rng = np.random.default_rng(1)
     table, pilot = table_of(rng, 256, [0, 0.5, 1.0], control=CONTROLS["stateful"]), pilot_of(rng, 128)
-    rows, _ = reweight_rows("u", table, pilot, [0.25, 0.75, 1.2, 9.0])
+    rows = reweight_rows("u", table, pilot, [0.25, 0.75, 1.2, 9.0]).rows
     for row, s in zip(rows[:3], (0.25, 0.75, 1.2)):
         truth = {
             "activation": s * V,
@@ -51,6 +51,30 @@ def test_rows_are_the_closed_form_at_any_strength_in_reach():
     assert rows[3]["kl_method"] == "bounds"
     assert rows[3]["activation_mean"] is rows[3]["kl"] is rows[3]["log_z"] is None
     assert rows[3]["ess"] < 20
+
+
+def test_the_covariance_knows_the_error_of_a_difference():
+    """Over 80 runs the spread of KL(0.75) - KL(0.5) is what the covariance says, a fraction of what independent errors would give."""
+    strengths, names = [0.0, 0.5, 0.75, 9.0], ("kl", "log_z", "activation_mean", "energy_mean")
+    seen = {name: [] for name in names}
+    for seed in range(80):
+        rng = np.random.default_rng([seed, 7])
+        table, pilot = table_of(rng, 64, [0, 0.5, 1.0], control=CONTROLS["stateful"]), pilot_of(rng, 64)
+        found = reweight_rows("u", table, pilot, strengths)
+        for name in names:
+            c = np.array(found.covariance[name], float)  # None becomes NaN
+            se = [row[f"{name.removesuffix('_mean')}_se"] for row in found.rows]
+            np.testing.assert_allclose(np.diag(c)[:3], np.square(se[:3]), rtol=1e-9)
+            assert np.isnan(c[3]).all()
+            assert np.linalg.eigvalsh(c[:3, :3]).min() > -1e-12
+            value = [row[name] for row in found.rows]
+            apart = value[2] - value[1]
+            seen[name].append((apart, c[1, 1] + c[2, 2] - 2 * c[1, 2], c[1, 1] + c[2, 2]))
+    for name in names:
+        apart, together = np.array(seen[name]).T[:2]
+        # the spread of a variance of 80 draws is sqrt(2/79) = 0.16 of it; errors are widened for small samples
+        assert 0.5 < together.mean() / apart.var(ddof=1) < 2, name
+    assert np.mean([x[1] for x in seen["log_z"]]) < 0.5 * np.mean([x[2] for x in seen["log_z"]])
 
 
 def test_the_command_writes_its_own_file_and_loads_no_model(folder, capsys, monkeypatch):
@@ -69,6 +93,9 @@ def test_the_command_writes_its_own_file_and_loads_no_model(folder, capsys, monk
         assert abs(row["kl"] - prior.kl(direction, s)) < 4 * row["kl_se"] + 0.01
     assert found["rows"][3]["kl"] is None
     assert any("only bounds" in line for line in found["warnings"])
+    (matrix,) = (np.array(c["kl"], float) for c in found["covariance"].values())
+    assert matrix.shape == (4, 4)
+    assert matrix[1, 1] == pytest.approx(found["rows"][1]["kl_se"] ** 2)
     out = capsys.readouterr().out
     assert "projection[1,0.5]" in out
     assert "0.75" in out

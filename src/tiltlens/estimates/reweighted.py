@@ -4,6 +4,8 @@ The same estimators as the curve's (MBAR, or one run re-weighted) at any strengt
 the same weights. Beyond what healthy weights reach there is no number, only its ESS to say why.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from tiltlens.estimates import mbar
@@ -18,14 +20,22 @@ from tiltlens.estimates.table import read_groups
 KEYS = ("unit", "strength", "activation", "z", "energy", "kl", "log_z")
 
 
+class Reweighted(NamedTuple):
+    """rows, one a strength; warnings; covariance: name -> (K, K) of the estimates at the rows' strengths, whose diagonal is
+    the square of their standard errors; None where an estimate or its error is not to be had."""
+
+    rows: list[dict]
+    warnings: list[str]
+    covariance: dict[str, list[list[float | None]]]
+
+
 @np.errstate(over="ignore")  # at 1e300 a square is inf, and what is judged by it is not trusted
-def reweight_rows(
-    unit: str, table: dict, pilot: dict | None, strengths: list[float]
-) -> tuple[list[dict], list[str]]:
-    """Rows (one a strength) and warnings of one unit.
+def reweight_rows(unit: str, table: dict, pilot: dict | None, strengths: list[float]) -> Reweighted:
+    """Rows (one a strength), warnings and covariances of one unit.
 
     table, pilot: as `estimate_curve` takes them. A row: unit, strength, activation_mean, z_mean, energy_mean (of q_s),
-    kl, log_z, each with its _se, kl_method, ess; None where weights are not healthy. Raises ValueError where no row is
+    kl, log_z, each with its _se, kl_method, ess; None where weights are not healthy. Strengths share their samples, so that a
+    difference of two rows has the variance C_ii + C_jj - 2 C_ij of the covariance, mostly far below C_ii + C_jj. Raises ValueError where no row is
     finite, or where there are guided rows and none has a weight (eta = 0).
     """
     groups = [g for g in read_groups(table, pilot) if len(g.samples)]
@@ -54,18 +64,24 @@ def reweight_rows(
     found = found.reshape(-1, 4, 3, count)
     nodes = decide(sources, runs, found, bootstrap)
     single = Sweep(found[:, 0, 0], found[:, 0, 0] + np.nan, found[:, 0, 1], found[:, 0, 2])
-    value, se, methods, warnings = audit(nodes, runs, sources.pool, compose(nodes, found), single, bootstrap)
+    composed = compose(nodes, found)
+    value, se, methods, warnings = audit(nodes, runs, sources.pool, composed, single, bootstrap)
 
     wider = shortfalls(nodes, runs, sources.pool)[2]
-    rows = []
+    rows, kept = [], [k for k, node in enumerate(nodes) if node.strength in strengths]
+    replicates = {"energy_mean": composed.energy, "kl": composed.kl, "log_z": composed.log_z}
     for k, node in enumerate(nodes):
-        if node.strength not in strengths:
-            continue
-        row = {"unit": unit, "strength": node.strength, "kl_method": methods[k]}
-        ess = _ess(sources, runs, k, node.source)
         if node.source is not None:
             for (name, _), mean in zip(observed, means):
                 column = mean.reshape(-1, 2, count)[:, int(node.source == MBAR), k]
+                replicates.setdefault(f"{name}_mean", np.full((len(column), count), np.nan))[:, k] = column
+    for k in kept:
+        node = nodes[k]
+        row = {"unit": unit, "strength": node.strength, "kl_method": methods[k]}
+        ess = _ess(sources, runs, k, node.source)
+        if node.source is not None:
+            for name, _ in observed:
+                column = replicates[f"{name}_mean"][:, k]
                 row |= {
                     f"{name}_mean": float(column[0]),
                     f"{name}_se": float(bootstrap.se(column)) * float(wider[k]),
@@ -74,7 +90,26 @@ def reweight_rows(
         for name in ("kl", "log_z"):
             row |= {name: float(getattr(value, name)[k]), f"{name}_se": float(getattr(se, name)[k])}
         rows.append(row | {"ess": ess})
-    return [{k: _number(v) for k, v in _whole(row).items()} for row in rows], merged(warnings)
+    rows = [{k: _number(v) for k, v in _whole(row).items()} for row in rows]
+    covariance = {
+        name: _covariance(drawn[1:, kept], [row[f"{name.removesuffix('_mean')}_se"] for row in rows])
+        for name, drawn in replicates.items()
+    }
+    return Reweighted(rows, merged(warnings), covariance)
+
+
+def _covariance(drawn: np.ndarray, se: list[float | None]) -> list[list[float | None]]:
+    """(K, K): the replicates' correlations (B, K) with these standard errors, which know more than the replicates do."""
+    se = np.array([np.nan if x is None else x for x in se])
+    told = np.isfinite(se)
+    whole = drawn[np.isfinite(drawn[:, told]).all(1)]
+    off = whole - whole.mean(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        size = np.sqrt((off**2).sum(0))
+        correlation = np.nan_to_num((off.T @ off) / np.outer(size, size))  # what never varies has none
+    np.fill_diagonal(correlation, 1.0)
+    found = correlation * np.outer(se, se)
+    return [[_number(float(x)) for x in row] for row in found]
 
 
 def _means(sources, runs, values, counts) -> np.ndarray:

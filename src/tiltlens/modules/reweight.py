@@ -20,7 +20,8 @@ SHOWN = (("activation", "activation_mean"), ("z", "z_mean"), ("KL", "kl"), ("log
 
 
 def reweight_run(path: str | Path, strengths: Sequence[float] | None = None) -> dict:
-    """Write DIR/reweighted.json, {"rows": [...], "warnings": [...]}, and return it; summary.json stays as it is.
+    """Write DIR/reweighted.json, {"rows": [...], "warnings": [...], "covariance": {unit: {name: (K, K)}}}, and return it;
+    summary.json stays as it is. The covariance of each estimate between the strengths of the unit's rows, in their order.
 
     strengths: by default those of the run and one half-way between any two. Raises ValueError for a folder that is no
     run folder or holds no rows, for weights that were not stored, and where nothing is finite.
@@ -39,15 +40,16 @@ def reweight_run(path: str | Path, strengths: Sequence[float] | None = None) -> 
     strengths = check_strengths(list(strengths))
     kept = folder.path / "pilot" / "samples.parquet"
     pilots = columns(pq.read_table(kept)) if kept.exists() else None
-    rows, warnings = [], []
+    rows, warnings, covariance = [], [], {}
     for unit in dict.fromkeys(table["unit"].tolist()):
         mine, pilot = (
             None if t is None else {k: v[t["unit"] == unit] for k, v in t.items()} for t in (table, pilots)
         )
-        found, said = reweight_rows(unit, mine, pilot, strengths)
-        rows += found
-        warnings += [f"{unit}: {line}" for line in said]
-    result = {"rows": rows, "warnings": warnings}
+        found = reweight_rows(unit, mine, pilot, strengths)
+        rows += found.rows
+        warnings += [f"{unit}: {line}" for line in found.warnings]
+        covariance[unit] = found.covariance
+    result = {"rows": rows, "warnings": warnings, "covariance": covariance}
     folder.write(NAME, as_json(result))
     return json.loads(as_json(result))
 
