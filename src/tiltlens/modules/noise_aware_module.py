@@ -19,6 +19,8 @@ from torch import Tensor
 from tiltlens.errors import UserError
 from tiltlens.modules.image_data import Batch, BatchStream
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
+from tiltlens.modules.noise_aware_gradients import reader_errors
+from tiltlens.modules.noise_aware_start import begin_with
 from tiltlens.modules.noise_aware_task import LayerTask, UnitTask
 from tiltlens.modules.own_samples import own_samples
 from tiltlens.priors import load_prior
@@ -62,6 +64,8 @@ class NoiseAwareModule(LightningModule):
         own: int = 2048,
         own_share: float = 0.5,
         steps: int = 40,
+        gradients: float = 0.0,
+        init_from: str | None = None,
         learning_rate: float = 5e-4,
         weight_decay: float = 0.05,
         warmup: float = 0.05,
@@ -83,6 +87,12 @@ class NoiseAwareModule(LightningModule):
             )
         if network is not None and not units:
             raise UserError("model.network reads single units: expected model.units, found none")
+        if not units and (gradients or init_from):
+            raise UserError(
+                "model.gradients, model.init_from: of readers of single units; expected model.units, found none"
+            )
+        if not 0 <= gradients < float("inf"):
+            raise UserError(f"model.gradients = {gradients}: expected a weight of at least 0")
         source, self.layers = load_encoder(encoder, weights), [None if x == OUTPUT else x for x in layers]
         if units:
             try:
@@ -94,6 +104,7 @@ class NoiseAwareModule(LightningModule):
             for layer in self.layers:  # before the prior is loaded
                 source.require_layer(layer)
             self.twin = twin_of(source)
+        self.gradients, self.before = gradients, {}
         self.units, self.network = list(self.twin.members) if units else [], network
         self.trained = self.twin.trained() if units else list(self.twin.parameters())
         for weight in self.trained:
@@ -104,6 +115,10 @@ class NoiseAwareModule(LightningModule):
         loaded = load_prior(prior, precision=precision)
         if not loaded.images:
             raise UserError(f"model.prior {prior} has no images")
+        if init_from:
+            self.before = begin_with(
+                init_from, self.twin, source, loaded.fingerprint, self.network, self.layers
+            )
         # In a tuple: they are neither trained nor kept in checkpoints.
         self._parts = (source, loaded)
         self.task = (
@@ -116,6 +131,7 @@ class NoiseAwareModule(LightningModule):
         self.own, self.own_share, self.steps = own, own_share, steps
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.register_buffer("errors", torch.ones(BINS, len(self.task.weights)))
+        self.register_buffer("gradient_errors", torch.ones(BINS))
         self.own_states: Tensor | None = None
         self._prepared = False
 
@@ -172,15 +188,21 @@ class NoiseAwareModule(LightningModule):
     def estimates(self, x_0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """x0_hat (B, *shape) of noised x_0, and log-SNR (B,): LEVELS levels, stratified over the range."""
         denoiser = self._parts[1].denoiser
-        schedule, log_snr = denoiser.schedule, denoiser.schedule.log_snr
+        schedule = denoiser.schedule
         out, levels = [], []
         for k, part in enumerate(x_0.tensor_split(LEVELS)):
-            u = (k + float(torch.rand(1, generator=generator))) / LEVELS
-            t = int((log_snr - (self.low + u * (self.high - self.low))).abs().argmin())
+            t, level = self._level(k, generator)
             eps = torch.randn(part.shape, generator=generator).to(part)
             out.append(denoiser(float(schedule.alpha[t]) * part + float(schedule.sigma[t]) * eps, t))
-            levels.append(torch.full((len(part),), float(log_snr[t])))
+            levels.append(torch.full((len(part),), level))
         return torch.cat(out), torch.cat(levels)
+
+    def _level(self, stratum: int, generator: torch.Generator) -> tuple[int, float]:
+        """A step of the table in one of LEVELS strata of log-SNR, and its log-SNR."""
+        log_snr = self._parts[1].denoiser.schedule.log_snr
+        u = (stratum + float(torch.rand(1, generator=generator))) / LEVELS
+        t = int((log_snr - (self.low + u * (self.high - self.low))).abs().argmin())
+        return t, float(log_snr[t])
 
     def errors_of(
         self, images: Tensor, generator: torch.Generator, held_out: bool = False
@@ -190,6 +212,11 @@ class NoiseAwareModule(LightningModule):
         x0_hat, log_snr = self.estimates(x_0, generator)
         log_snr = log_snr.to(images.device)
         return self.task.errors(x0_hat, log_snr, self.task.targets(x_0, own, mirrored)), log_snr
+
+    def gradient_errors_of(self, x_0: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """`reader_errors` of the first half of these, and log-SNR (B,)."""
+        levels = [self._level(k, generator) for k in range(LEVELS)]
+        return reader_errors(self._parts[1], self.task, x_0[: -(-len(x_0) // 2)], levels, generator)
 
     @torch.no_grad()
     def _measure(self) -> None:
@@ -206,22 +233,42 @@ class NoiseAwareModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(batch["seed"])
         errors, log_snr = self.errors_of(batch["image"], generator)
-        bins = ((log_snr - self.low) / (self.high - self.low) * BINS).long().clamp(0, BINS - 1)
-        with torch.no_grad():
-            for b in bins.unique():
-                seen = errors[bins == b].mean(0)
-                self.errors[b].lerp_(seen, (1 - KEEP) if self.global_step > 50 else 0.2)
+        bins = self._bins(log_snr)
+        self._follow(self.errors, errors, bins)
         loss = ((errors / self.errors[bins]) @ self.task.weights.to(errors)).mean()
         self.log("train_loss", (self.errors.log() @ self.task.weights.to(errors)).mean(), prog_bar=True)
         self.log("train_error", errors[:, self.task.told].mean(), batch_size=len(errors))
+        if self.gradients:
+            x_0 = self.states(batch["image"], generator)[0]
+            surrogate, error, _, log_snr = self.gradient_errors_of(x_0, generator)
+            bins = self._bins(log_snr)
+            self._follow(self.gradient_errors, error, bins)
+            loss = loss + self.gradients * (surrogate / self.gradient_errors[bins]).mean()
+            self.log("train_error_gradient", self.gradient_errors.log().mean())
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"])
         return loss
 
+    def _bins(self, log_snr: Tensor) -> Tensor:
+        return ((log_snr - self.low) / (self.high - self.low) * BINS).long().clamp(0, BINS - 1)
+
+    @torch.no_grad()
+    def _follow(self, running: Tensor, errors: Tensor, bins: Tensor) -> None:
+        for b in bins.unique():
+            running[b].lerp_(errors[bins == b].mean(0), (1 - KEEP) if self.global_step > 50 else 0.2)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """val_error: of units or means, in units of the variance, all noise levels alike; val_error_output: of the output."""
+        """val_error: of units or means, in units of the variance, all noise levels alike; val_error_output: of the output;
+        val_error_gradient: of the gradient in x_t, in units of its mean square at the samples, the mean over the levels of a batch."""
         generator = torch.Generator().manual_seed(batch["seed"])
         errors, _ = self.errors_of(batch["image"], generator, held_out=True)
         self.log("val_error", errors[:, self.task.told].mean(), prog_bar=True, batch_size=len(errors))
+        if self.gradients:
+            x_0 = self.states(batch["image"], generator, held_out=True)[0]
+            _, error, size, log_snr = self.gradient_errors_of(x_0, generator)
+            shares = torch.stack(
+                [error[log_snr == v].sum() / size[log_snr == v].sum() for v in log_snr.unique()]
+            )
+            self.log("val_error_gradient", shares.mean(), batch_size=len(error))
         if self.task.output is not None:
             output = errors[:, self.task.output].mean()
             self.log("val_error_output", output, prog_bar=True, batch_size=len(errors))
@@ -239,6 +286,8 @@ class NoiseAwareModule(LightningModule):
             "steps": self.trainer.global_step, "own": self.own, "own_share": self.own_share,
             "processor_seconds": round(time.process_time() - self.began), **found,
         }  # fmt: skip
+        trained |= {"gradients": self.gradients} if self.gradients else {}
+        trained |= {"init_from": self.before} if self.before else {}
         if self.network or not self.units:
             trained["layers"] = [x or OUTPUT for x in self.layers]
         config = TwinConfig(

@@ -1,0 +1,132 @@
+"""A reader that is taught its gradient: the error's derivative, Stein's lemma, and a training that lowers it."""
+
+import pytest
+import torch
+from lightning import Trainer
+from prior_folders import ddpm, write_pixel
+from torch import nn
+
+from tiltlens.errors import UserError
+from tiltlens.modules.image_data import ImageFolderData
+from tiltlens.modules.noise_aware_gradients import gradient_error
+from tiltlens.modules.noise_aware_module import NoiseAwareModule
+from tiltlens.priors import load_prior
+from tiltlens.units import Encoder, load_encoder, register_encoder
+from tiltlens.units.noise_aware import load_twin
+
+UNITS = ["slope-net,channel=1", "slope-net,layer=0,channel=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of a prior; with it an encoder."""
+    path = tmp_path_factory.mktemp("gradients")
+    torch.manual_seed(0)
+    write_pixel(path, ddpm())
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 36, 3))
+    register_encoder(Encoder(net, 8, name="slope-net"))
+    return path
+
+
+def test_the_surrogate_has_the_errors_derivative():
+    """Under a symmetric J: d/dw |J (grad r - g)|^2, by autograd through the whole of it."""
+    torch.manual_seed(0)
+    half = torch.randn(5, 5, dtype=torch.float64)
+    j = half @ half.T
+    reader, encoder = (nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).double() for _ in range(2))
+    x_t, x_0 = torch.randn(2, 3, 5, dtype=torch.float64)
+    surrogate, error, size = gradient_error(
+        lambda x, t: x @ j, 0, x_t, x_0, lambda x: encoder(x)[:, 0], lambda x: reader(x)[:, 0]
+    )
+    clean, sample = (x_t @ j).requires_grad_(), x_0.clone().requires_grad_()
+    (r,) = torch.autograd.grad(reader(clean).sum(), clean, create_graph=True)
+    (g,) = torch.autograd.grad(encoder(sample).sum(), sample)
+    expected = ((r - g) @ j).square().sum(1)
+    torch.testing.assert_close(error, expected.detach())
+    torch.testing.assert_close(size, (g @ j).square().sum(1))
+    weights = list(reader.parameters())[:-1]  # a gradient knows nothing of the last bias
+    found, true = (torch.autograd.grad(x.sum(), weights) for x in (surrogate, expected))
+    torch.testing.assert_close(found, true)
+    assert not error.requires_grad
+
+
+def test_steins_lemma_makes_the_mean_of_the_targets_the_gradient_that_guidance_wants():
+    """x_0 ~ N(0, S), a = x.A.x: grad E[a | x_t] = 2 J^T A x0_hat; J^T grad a(x_0) has this mean at one x_t, to 4 standard errors."""
+    generator = torch.Generator().manual_seed(1)
+    n, d, alpha, sigma = 40_000, 3, 0.8, 0.6
+    half, a = torch.randn(2, d, d, generator=generator, dtype=torch.float64)
+    s, a = half @ half.T + 0.1 * torch.eye(d), a + a.T
+    j = alpha * s @ torch.linalg.inv(alpha**2 * s + sigma**2 * torch.eye(d).double())
+    c = s - alpha * j @ s  # of x_0 | x_t
+    torch.testing.assert_close(j, alpha / sigma**2 * c)
+    x_t = torch.randn(1, d, generator=generator, dtype=torch.float64).expand(n, d)
+    x_0 = x_t @ j.T + torch.randn(n, d, generator=generator, dtype=torch.float64) @ torch.linalg.cholesky(c).T
+    quadratic = lambda x: ((x @ a) * x).sum(1)  # noqa: E731
+    targets = (2 * x_0 @ a) @ j
+    wanted = 2 * (x_t[:1] @ j.T) @ a @ j
+    assert bool(((targets.mean(0) - wanted[0]).abs() < 4 * targets.std(0) / n**0.5).all())
+    # So the conditional mean, whose gradient is wanted, has the least error: that of a reader 30 % too steep or too flat is larger
+    errors = [
+        gradient_error(lambda x, t: x @ j.T, 0, x_t, x_0, quadratic, lambda x, k=k: k * quadratic(x))[1]
+        for k in (0.7, 1.0, 1.3)
+    ]
+    for other in (errors[0], errors[2]):
+        apart = other - errors[1]
+        assert float(apart.mean()) > 4 * float(apart.std()) / n**0.5
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_training_brings_a_readers_gradient_nearer(folder, tmp_path):
+    """From a reader with strange weights, on what is held out; and it is the reader that was asked for that it begins with."""
+    prior, encoder = load_prior(str(folder)), load_encoder("slope-net")
+    options = {"units": UNITS, "prior": str(folder), "log_snr": (-3.0, 3.0), "own": 64, "steps": 3}
+    data = ImageFolderData("FakeData", "FakeData", size=8, batch_size=32, cache=tmp_path, val_n=64)
+
+    def fit(module, steps):
+        trainer = Trainer(
+            max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=tmp_path, limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(module, data)
+        return Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path
+        ).validate(module, data, verbose=False)[0]  # fmt: skip
+
+    torch.manual_seed(3)
+    strange = NoiseAwareModule("slope-net", **options, gradients=1.0, learning_rate=1e-12, weight_decay=0.0)
+    for p in strange.twin.network.model.parameters():
+        p.data.normal_(0, 0.2)
+    before = fit(strange, 1)["val_error_gradient"]
+    strange.export(tmp_path / "strange")
+    module = NoiseAwareModule(
+        "slope-net",
+        **options,
+        gradients=1.0,
+        learning_rate=3e-3,
+        init_from=str(tmp_path / "strange" / "noise-aware"),
+    )
+    for new, old in zip(module.twin.parameters(), strange.twin.parameters()):
+        torch.testing.assert_close(new, old, rtol=1e-3, atol=1e-4)  # half precision
+    assert fit(module, 40)["val_error_gradient"] < 0.7 * before
+    twin = load_twin(module.export(tmp_path / "out"), [encoder], prior.fingerprint)
+    assert twin.config.trained["gradients"] == 1.0
+    assert twin.config.trained["init_from"]["gradients"] == 1.0
+
+
+def test_what_cannot_be_is_refused(folder, tmp_path):
+    prior = str(folder)
+    NoiseAwareModule("slope-net", units=UNITS, prior=prior, own=0, own_share=0)
+    for wrong, why in (
+        ({"gradients": 1.0}, "of readers of single units; expected model.units"),
+        ({"units": UNITS, "gradients": -1.0}, "expected a weight of at least 0"),
+        (
+            {"units": UNITS, "init_from": str(tmp_path)},
+            r"model.init_from.*expected a folder with config.json",
+        ),
+        (
+            {"units": UNITS, "init_from": "bundled"},
+            r"model.init_from.*expected the encoder it was trained for",
+        ),
+    ):
+        with pytest.raises(UserError, match=why):
+            NoiseAwareModule("slope-net", prior=prior, **wrong)
