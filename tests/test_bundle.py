@@ -60,13 +60,13 @@ def test_the_noise_aware_reader_is_of_this_encoder_and_prior_and_tells_more_than
     aware.adopt(load_twin("bundled", aware.encoders, prior.fingerprint))
     told = []
     for bank in (plain, aware):
-        sampler = Sampler(prior, bank, Linear(), DPS(), steps=20)
+        sampler = Sampler(prior, bank, Linear(), DPS(), steps=12)
         level = sampler.chain.log_snr
         steps = ((level > -3) & (level < 0)).nonzero().flatten().tolist()
         told.append(
             torch.tensor([
                 [torch.corrcoef(torch.stack([p.path[k, :, 0], p.members[:, 0]]))[0, 1] ** 2 for k in steps]
-                for p in sampler.run_pilot(64, 64)
+                for p in sampler.run_pilot(48, 48)
             ])
         )  # fmt: skip
     assert told[1].mean() > told[0].mean()

@@ -107,7 +107,7 @@ def test_training_brings_a_readers_gradient_nearer(folder, tmp_path):
     )
     for new, old in zip(module.twin.parameters(), strange.twin.parameters()):
         torch.testing.assert_close(new, old, rtol=1e-3, atol=1e-4)  # half precision
-    assert fit(module, 40)["val_error_gradient"] < 0.7 * before
+    assert fit(module, 20)["val_error_gradient"] < 0.8 * before
     twin = load_twin(module.export(tmp_path / "out"), [encoder], prior.fingerprint)
     assert twin.config.trained["gradients"] == 1.0
     assert twin.config.trained["init_from"]["gradients"] == 1.0
