@@ -307,12 +307,17 @@ def test_a_value_with_a_large_error_is_not_met():
     assert plan.of[0][1.0] == 4
 
 
+def saturated(*points):
+    """Rows of a unit whose mean is known far better than it moves, of (strength, mean)."""
+    return [
+        {"strength": s, "activation_mean": m, "activation_se": 0.002, "kl": None, "kl_se": None, "kl_lower": 1.0, "path_kl": 2.0}
+        for s, m in points
+    ]  # fmt: skip
+
+
 def test_a_value_that_is_near_but_off_by_more_than_its_error_is_refined_while_there_is_budget():
     """A saturated unit: 1 % of the way is as good as met, and the error is smaller still."""
-    rows = [
-        {"strength": s, "activation_mean": m, "activation_se": 0.002, "kl": None, "kl_se": None, "kl_lower": 1.0, "path_kl": 2.0}
-        for s, m in ((4.0, 3.5), (8.0, 4.008))
-    ]  # fmt: skip
+    rows = saturated((4.0, 3.5), (8.0, 4.008))
     sampled = [(r["strength"], r["activation_mean"], r["activation_se"]) for r in rows]
     found = _of_sampled("activation", 4.0, sampled, {r["strength"]: r for r in rows}, (0.0, 4.008))
     assert found.status == "reached"
@@ -329,10 +334,7 @@ def test_a_value_that_is_near_but_off_by_more_than_its_error_is_refined_while_th
 
 def test_a_value_that_is_near_from_below_at_every_strength_asks_for_a_greater_one():
     """No two strengths bracket the target of a unit that saturates: the last one's slope says how far on."""
-    rows = [
-        {"strength": s, "activation_mean": m, "activation_se": 0.002, "kl": None, "kl_se": None, "kl_lower": 1.0, "path_kl": 2.0}
-        for s, m in ((4.0, 3.93), (8.0, 3.97))
-    ]  # fmt: skip
+    rows = saturated((4.0, 3.93), (8.0, 3.97))
     sampled = [(r["strength"], r["activation_mean"], r["activation_se"]) for r in rows]
     found = _of_sampled("activation", 4.0, sampled, {r["strength"]: r for r in rows}, (0.0, 3.97))
     assert (found.status, found.propose) == ("reached", (pytest.approx(8 + 0.03 / 0.01),))

@@ -35,8 +35,8 @@ def reweight_rows(unit: str, table: dict, pilot: dict | None, strengths: list[fl
 
     table, pilot: as `estimate_curve` takes them. A row: unit, strength, activation_mean, z_mean, energy_mean (of q_s),
     kl, log_z, each with its _se, kl_method, ess; None where weights are not healthy. Strengths share their samples, so that a
-    difference of two rows has the variance C_ii + C_jj - 2 C_ij of the covariance, mostly far below C_ii + C_jj. Raises ValueError where no row is
-    finite, or where there are guided rows and none has a weight (eta = 0).
+    difference of two rows has the variance C_ii + C_jj - 2 C_ij of the covariance, mostly far below C_ii + C_jj. Raises
+    ValueError where no row is finite, or where there are guided rows and none has a weight (eta = 0).
     """
     groups = [g for g in read_groups(table, pilot) if len(g.samples)]
     if not groups:

@@ -131,7 +131,8 @@ class NoiseAwareModule(LightningModule):
         self.own, self.own_share, self.steps = own, own_share, steps
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.register_buffer("errors", torch.ones(BINS, len(self.task.weights)))
-        self.register_buffer("gradient_errors", torch.ones(BINS))
+        if gradients:
+            self.register_buffer("gradient_errors", torch.ones(BINS))
         self.own_states: Tensor | None = None
         self._prepared = False
 
