@@ -275,6 +275,17 @@ def test_particles_of_few_beginnings_give_no_number_however_well_groups_agree():
     assert lineages(level, None) == np.inf
 
 
+def test_the_order_of_particles_and_of_groups_does_not_matter():
+    rng = np.random.default_rng(16)
+    table = particle_table(rng, 8, 32)
+    table["ancestor"] = table["group"] + table["seed"] % 16
+    group, slot = np.meshgrid(rng.permutation(8), np.arange(32), indexing="ij")
+    order = (32 * group + rng.permuted(slot, axis=1)).ravel()
+    (told,), (again,) = (estimate_curve("u", x)[0] for x in (table, {k: v[order] for k, v in table.items()}))
+    assert told["kl"] is not None
+    assert all(again[k] == (v if isinstance(v, str) else pytest.approx(v, abs=1e-9)) for k, v in told.items())
+
+
 def test_groups_of_one_particle_are_weighted_samples():
     rng = np.random.default_rng(11)
     table = particle_table(rng, 64, 1, noise=0.0)

@@ -127,6 +127,26 @@ def test_z_is_unbiased_with_four_particles(name, threshold, energy):
     assert share == 0 if threshold == 0 else share > 0.02, f"{name}: resampled in {share:.2f} of the groups"
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.8])
+def test_particles_may_change_places_at_every_step(threshold, monkeypatch):
+    """A place in the group means nothing: with everything of theirs moved along, Z^ keeps its mean and its spread."""
+    made, moved = sampler("calibrated", Particles(4, threshold), TARGET, steps=14), []
+    truth, weighed = chain_z(made, 1.0), Cloud.weighed
+    plain = z_score(made.sample(rows(4, 1000)), 4, truth)
+    generator = torch.Generator().manual_seed(0)
+
+    def shuffled(self, beta=1.0):
+        places = torch.rand(len(self.level) // 4, 4, generator=generator).argsort(1)
+        moved.append(places)
+        return weighed(self.index((places + 4 * torch.arange(len(places))[:, None]).flatten()), beta)
+
+    monkeypatch.setattr(Cloud, "weighed", shuffled)
+    score, se = z_score(made.sample(rows(4, 1000)), 4, truth)
+    assert len(moved) == len(made.chain)
+    assert abs(score) < 4, f"{score:.1f} standard errors"
+    assert 0.8 < se / plain[1] < 1.25, (se, plain[1])
+
+
 @pytest.mark.parametrize("dimension", [1, 2, 16])
 @pytest.mark.parametrize("name", ["exact", "calibrated"])
 def test_closed_forms_of_the_mixture(name, dimension):
