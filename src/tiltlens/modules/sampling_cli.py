@@ -76,6 +76,15 @@ class SamplingCLI(CommandLine):
             help="a run folder: re-estimate at data.strengths from its rows",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        self.given = parser.parse_args(args, defaults=False) if self.config["reweight"] else None
+
+    @property
+    def strengths(self) -> list[float] | None:
+        """Those to re-weight at: None unless data.strengths was set, to its default or not."""
+        return self.given.get("data", {}).get("strengths")
+
     def instantiate_classes(self) -> None:
         if self._get(self.config, "reweight") is None:  # stored rows need no model
             super().instantiate_classes()
@@ -109,8 +118,7 @@ def main(args: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="lightning.*")
     cli = SamplingCLI(args)
     if (stored := cli.config["reweight"]) is not None:
-        asked = cli.config["data"]["strengths"]
-        show(reweight_run(stored, None if asked == cli.parser.get_defaults()["data"]["strengths"] else asked))
+        show(reweight_run(stored, cli.strengths))
         return
     cli.model.check_trainer(cli.trainer)
     writer = next(c for c in cli.trainer.callbacks if isinstance(c, RunFolderWriter))
