@@ -99,12 +99,11 @@ def test_the_command_writes_its_own_file_and_loads_no_model(folder, capsys, monk
     out = capsys.readouterr().out
     assert "projection[1,0.5]" in out
     assert "0.75" in out
+    at = lambda: [r["strength"] for r in json.loads((folder / "reweighted.json").read_text())["rows"]]  # noqa: E731
     main([f"--reweight={folder}"])
-    assert [r["strength"] for r in json.loads((folder / "reweighted.json").read_text())["rows"]] == [
-        0, 0.25, 0.5, 0.75, 1,
-    ]  # fmt: skip
+    assert at() == [0, 0.25, 0.5, 0.75, 1]
     main([f"--reweight={folder}", "--data.strengths=[0,1,2,4]"])  # the default of sampling, asked for here
-    assert [r["strength"] for r in json.loads((folder / "reweighted.json").read_text())["rows"]] == [0, 1, 2, 4]
+    assert at() == [0, 1, 2, 4]
 
 
 def refused(capsys, path, *more):

@@ -43,7 +43,10 @@ def _distance(row: dict, origin: str) -> str:
         return f"at no more than {number(upper, 2)} nats from {origin}"
     if upper is None:
         return f"at no less than {number(lower, 2)} nats from {origin}"
-    return f"at between {number(lower, 2)} and {number(upper, 2)} nats from {origin}"
+    lower, upper = number(lower, 2), number(upper, 2)
+    if lower == upper:
+        return f"at {lower} nats from {origin}"
+    return f"at between {lower} and {upper} nats from {origin}"
 
 
 def find_warnings(folder: RunFolder, runs: dict[str, UnitRun] | None = None) -> list[str]:

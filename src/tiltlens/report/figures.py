@@ -188,7 +188,7 @@ def guidance_norm(run: UnitRun) -> Figure | None:
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", scilimits=(-3, 4))
-    panels[0].legend(loc="upper left", fontsize=8, handlelength=1.2, labelspacing=0.25)
+    panels[0].legend(loc="best", fontsize=8, handlelength=1.2, labelspacing=0.25)
     panels[-1].set_xlabel("log-SNR: noise to image")
     return figure
 
