@@ -14,12 +14,13 @@ from tiltlens.estimates.audit import audit
 from tiltlens.estimates.bootstrap import replicate
 from tiltlens.estimates.bounds import Mean, Reach, least_kl, mean, objective
 from tiltlens.estimates.importance import tilt
-from tiltlens.estimates.integral import compose
+from tiltlens.estimates.integral import compose, shortfalls
 from tiltlens.estimates.pool import Pool
 from tiltlens.estimates.samples import Samples
 from tiltlens.estimates.sweep import Sweep, decide, find_sources, measure
 from tiltlens.estimates.table import Group, read_groups
-from tiltlens.estimates.trust import trusted_log_z
+from tiltlens.estimates.trust import SIGNIFICANT, trusted_log_z
+from tiltlens.estimates.widening import of_pool, of_run
 
 TOP = 8.0  # times the largest strength: how far the lower bound looks for the strength that q' really reached
 NOTHING = Mean(np.nan, np.nan)
@@ -68,8 +69,9 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
     sweep, sweep_se, methods, said = audit(nodes, samples, sources.pool, composed, single, bootstrap)
     warnings += said
     at = [next(k for k, n in enumerate(nodes) if n.strength == run.strength) for run in samples]
-    gap, lower_se = cost + composed.log_z[:, at], bootstrap.se(lower)
-    gap_se = bootstrap.se(gap)
+    gap = cost + composed.log_z[:, at]
+    gap_se = bootstrap.se(gap) * shortfalls(nodes, samples, sources.pool)[0, at]
+    lower_se = bootstrap.se(lower) * _widened(reach, samples, sources.pool)
 
     rows = []
     for group in groups:
@@ -80,6 +82,11 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
         run, j = samples[k], at[k]
         path_kl = mean(run.path_kl, None, None, run) if run.path_kl is not None else NOTHING
         # both are estimates, and near the optimum they meet: the truth is never the other way round
+        if lower[0, k] - path_kl.value > SIGNIFICANT * np.hypot(lower_se[k], path_kl.se):
+            warnings.append(
+                f"strength {run.strength:g}: kl_lower lies above path_kl by more than their errors, and is cut to it: one of "
+                "the two, or an error, is wrong; more samples would tell which."
+            )
         least = Mean(np.fmin(lower[0, k], path_kl.value), lower_se[k])
         values = {
             "path_kl": path_kl,
@@ -124,6 +131,17 @@ def _lower(
     return out
 
 
+def _widened(reach: list[Reach | None], samples: list[Samples], pool: Pool | None) -> np.ndarray:
+    """(runs,): by how much the bootstrap's error of kl_lower falls short, that of its log Z(l); see `widening`."""
+    out = np.ones(len(samples))
+    for k, best in enumerate(reach):
+        if best and best.source == len(samples):
+            out[k] = of_pool(pool, best.l, samples)
+        elif best and best.l:
+            out[k] = of_run(samples[best.source], best.l)
+    return out
+
+
 def _cost(run: Samples, counts: np.ndarray) -> np.ndarray:
     """path_kl + s E of a run, (B,); NaN without path_kl."""
     if run.path_kl is None:
@@ -146,6 +164,11 @@ def merged(warnings: list[str]) -> list[str]:
 
 def _lost(group: Group) -> str:
     total = group.nonfinite + len(group.samples)
+    if not len(group.samples):
+        return (
+            f"strength {group.samples.strength:g}: none of {total} samples is finite, and nothing is said of it: try "
+            "model.precision=float32, smaller strengths, or another guidance."
+        )
     return (
         f"strength {group.samples.strength:g}: {group.nonfinite} of {total} samples were not finite and are "
         "left out; what is said holds for the rest."

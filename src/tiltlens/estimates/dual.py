@@ -38,9 +38,9 @@ class Certificate(NamedTuple):
     """What is known of one unit's constraint.
 
     status: reached (within one standard error, of at most SHARP of the way from natural), natural (p meets it already: s = 0), infeasible, open (more samples are
-    needed). law: of which the certificate speaks, "q_s" or "sampled". strength: s*, sampled; solution: where the curve
-    meets the target. value, value_se: reached there. kl, kl_se: KL(q_s*||p); kl_least: of any law with this mean;
-    kl_most: path_kl, of the sampled law. reach: (natural value, the most that was certified or sampled). propose: strengths to sample next.
+    needed), lost (rows were sampled above strength 0, and none of them is finite). law: of which the certificate speaks, "q_s" or "sampled". strength: s*, sampled; solution: where the curve
+    meets the target. value, value_se: reached there. kl, kl_se: KL(q_s*||p); kl_least: of any law with this mean activation, for
+    kind "kl" with this mean energy; kl_most: path_kl, of the sampled law. reach: (natural value, the most that was certified or sampled). propose: strengths to sample next.
     Where it is reached by NEAR alone, off by more than its small error, a closer one.
     enlarge: how many times as many rows at `strength` would make the error small enough or, where it is, let q_s* be certified; 1
     where nothing is wanting, or where no number would do.
@@ -108,6 +108,10 @@ def certify(kind: str, target: float, table: dict, pilot: dict | None, rows: lis
         )
     most = max(float(g.activation.max()) for g in groups if not g.samples.strength)
     found = _of_sampled(kind, target, sampled, by_strength, reach, kind == "activation" and target <= most)
+    if kind == "activation" and not curve.linear and found.value is not None:
+        found = found._replace(kl_least=curve.least_kl(found.value))
+    if found.status == "lost":
+        return found
     if found.status == "reached":
         run = next(run for run in runs if run.strength == found.strength)
         needed = MARGIN * rows_needed(run, run.strength, KL_ROOT)
@@ -159,7 +163,8 @@ def _of_sampled(
     """The certificate of the sampled law: the strength whose mean is nearest, or the next one to try. seen: whether there are
     natural activations above the target, which is then within reach, however flat the means on the way."""
     if not sampled:  # eta = 0 has no path_kl
-        return Certificate("infeasible", "sampled", target, reach=reach)
+        lost = all(not row["n"] for s, row in by_strength.items() if s)
+        return Certificate("lost" if lost else "infeasible", "sampled", target, reach=reach)
     s, value, se = (np.array(x) for x in zip(*sampled))
     k = int(np.argmin(abs(value - target)))
     row = by_strength[float(s[k])]

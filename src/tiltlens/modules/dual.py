@@ -229,6 +229,11 @@ def say(asked: Asked, found: Certificate, natural: Natural, strengths: int) -> s
         if found.kl_least == found.kl:
             return f"{own}: no law with that mean is nearer."
         return f"{own}; no law with that mean is nearer than {number(found.kl_least)} nats."
+    if found.status == "lost":
+        return (
+            f"{start}: cannot be told, for no guided row is finite. Expected finite activations above strength 0: try "
+            "model.precision=float32, another guidance, or a smaller target."
+        )
     bounds = f"between {number(found.kl_least)} and {number(found.kl_most)} nats from p"
     if found.kl_most is None:
         bounds = f"at least {number(found.kl_least)} nats from p"
