@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_estimates_oracle import CONTROLS, STEPS, V, linear, optimal, pilot_of, run
+from test_estimates_oracle import CONTROLS, STEPS, V, linear, optimal, pilot_of, run, target
 
 from tiltlens import GaussianMixture, Linear, Projection, tilt
 from tiltlens.estimates import estimate_curve
@@ -20,10 +20,10 @@ from tiltlens.sampling import NoiseSpace, Particles
 from tiltlens.units.calibration import Natural
 
 
-def columns(noise, strengths, control):
+def columns(noise, strengths, control, energy=linear):
     parts = []
     for s in strengths:
-        e, log_w, path_kl, x = run(noise, len(noise), s, linear, control)
+        e, log_w, path_kl, x = run(noise, len(noise), s, energy, control)
         parts.append((np.full(len(e), s), np.arange(len(e)), x[:, 0], e, log_w, path_kl))
     names = ("strength", "seed", "activation", "energy", "log_w", "path_kl")
     return dict(zip(names, map(np.concatenate, zip(*parts))))
@@ -83,6 +83,37 @@ def test_beyond_reach_is_recognised_with_the_reachable_range():
     assert len(strengths) < BUDGET
     assert found.reach[0] == pytest.approx(0, abs=0.3)
     assert 1.5 < found.reach[1] < 5
+
+
+def test_the_least_kl_is_that_of_the_mean_activation_for_any_energy():
+    """A target energy: no law of mean c is nearer than c^2 / (2 V), and the law that was sampled, N(c, V) here, is that
+    near; the least KL for its mean *energy* is another, smaller number."""
+    rng = np.random.default_rng(6)
+    energy = target(1.5)
+    drift = lambda s, x, k: optimal()(1.2 / V, x, k) if s else np.zeros_like(x)  # noqa: E731
+    table = columns(rng.standard_normal((2000, STEPS, 2)), [0.0, 50.0], drift, energy)
+    draws = rng.standard_normal(2000) * np.sqrt(V)
+    pilot = {"energy": energy(draws[:, None]), "activation": draws, "z": draws}
+    rows, _ = estimate_curve("u", table, pilot)
+    found = certify("activation", 1.2, table, pilot, rows)
+    assert (found.status, found.law) == ("reached", "sampled")
+    assert found.kl_least == pytest.approx(found.value**2 / (2 * V), rel=0.05)
+    assert rows[-1]["kl_lower"] < 0.8 * found.kl_least < found.kl_most
+
+
+def test_rows_that_are_all_lost_are_no_end_of_reach():
+    """Guidance that gives NaN says nothing of what can be reached: the certificate, and the warning, say what to try."""
+    rng = np.random.default_rng(7)
+    table = columns(rng.standard_normal((64, STEPS, 2)), [0.0, 1.0, 2.0], CONTROLS["half"])
+    table["activation"][64:] = table["energy"][64:] = np.nan
+    rows, warnings = estimate_curve("u", table, pilot_of(rng, 64))
+    found = certify("activation", 3.0, table, pilot_of(rng, 64), rows)
+    assert (found.status, found.propose) == ("lost", ())
+    assert any("none of 64 samples is finite" in w and "float32" in w for w in warnings)
+    natural = Natural(torch.zeros(1), torch.ones(1), 0.0, 1.0, torch.randn(64).sort().values)
+    text = Asked.parse("z=3").certify(natural, table, pilot_of(rng, 64), rows)["text"]
+    assert "no guided row is finite" in text
+    assert "float32" in text
 
 
 def test_two_strengths_side_by_side_are_no_end_of_reach():
@@ -267,6 +298,20 @@ def test_the_command_prints_the_certificate(tmp_path, capsys, monkeypatch):
     assert out == [entry["text"], str(tmp_path / "report.html")]
     assert entry["status"] == "reached"
     assert "constraint: kl=1" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_constraint_that_is_not_met_is_answered_with_the_range_and_status_1(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sample.py"])
+    narrow = ["--model.guidance=Calibrated", "--model.guidance.profile=[0.9,1.0]", "--model.pilot=32"]
+    with pytest.raises(SystemExit) as stop:
+        main([*ANALYTIC, *narrow, "--data.n=16", f"--out={tmp_path}", "--constraint=z=40"])
+    entry = json.loads((tmp_path / "summary.json").read_text())["constraint"]["projection[1,0.5]"]
+    told = capsys.readouterr()
+    assert stop.value.code == 1
+    assert entry["status"] in ("infeasible", "open")
+    assert entry["text"] in told.out
+    assert "the constraint is not met by projection[1,0.5]" in told.err
+    assert (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,8 @@ class SamplingCLI(CommandLine):
 
 
 def main(args: list[str] | None = None) -> None:
-    """Sample what is asked; returns only if all of it is in the run folder."""
+    """Sample what is asked; returns only if all of it is in the run folder. A constraint that is not met ends with status 1,
+    its certificate told and kept."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning.*")
     cli = SamplingCLI(args)
@@ -130,11 +131,14 @@ def main(args: list[str] | None = None) -> None:
         writer.open(cli.model, data)
         if writer.whole:
             cli.trainer.loggers = []  # nothing to do: no second W&B run that says the same
+    unmet: list[str] = []
     try:
         if asked is None:
             cli.trainer.predict(cli.model, datamodule=data, return_predictions=False)
         else:
             certificates = solve(cli.trainer, cli.model, data, writer)
+            met = ("reached", "natural")
+            unmet = [u.name for u, c in zip(cli.model.units, certificates) if c["status"] not in met]
             if cli.trainer.is_global_zero:
                 print(*(entry["text"] for entry in certificates), sep="\n")
     except SystemExit:
@@ -147,3 +151,7 @@ def main(args: list[str] | None = None) -> None:
         for line in RunFolder(cli.out).read_summary()["warnings"]:
             print(f"note: {line}", file=sys.stderr)
         print(cli.out / "report.html")
+        if unmet:
+            print(f"error: the constraint is not met by {', '.join(unmet)}: see above", file=sys.stderr)
+    if unmet:
+        sys.exit(1)
