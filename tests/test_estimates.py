@@ -18,10 +18,12 @@ from test_estimates_oracle import (
 )
 
 from tiltlens.estimates import estimate_curve
-from tiltlens.estimates.bootstrap import standard_errors
+from tiltlens.estimates.audit import _contradictions
+from tiltlens.estimates.bootstrap import Replicates, standard_errors
 from tiltlens.estimates.bounds import least_kl, log_z_floor, mean, objective
 from tiltlens.estimates.importance import LOG_Z_ROOT, ess_floor, reweight, tilt, trusted_ess
 from tiltlens.estimates.samples import Samples
+from tiltlens.estimates.sweep import Sweep
 
 NUMBERS = ("log_z", "kl", "path_kl", "kl_lower", "gap")
 
@@ -153,6 +155,68 @@ def test_rows_that_are_not_finite_change_nothing_but_their_count():
     assert [r.pop("nonfinite") for r in clean] == [0, 0, 0]
     assert rows == clean
     assert sum("not finite" in w for w in warnings) == 2
+
+
+def test_a_log_z_that_is_not_the_integral_of_the_mean_energy_is_told():
+    """Level weights that are all too large by one factor: m(s) of single runs knows what log Z does not."""
+    table = table_of(np.random.default_rng(23), 400, [0.0, 0.4, 0.8, 1.2, 1.6], control=CONTROLS["optimal"])
+    assert estimate_curve("u", table)[1] == []
+    table["log_w"][table["strength"] == 1.2] += 0.5
+    found = estimate_curve("u", table)[1]
+    assert any("log Z and the integral of m(s) of single runs differ by +0.2" in w for w in found), found
+    assert any("it is not convex; do not trust kl" in w for w in found), found
+
+
+def test_weights_below_the_bound_of_their_own_run_are_not_believed():
+    """All too small by one factor: log Z >= -(path_kl + s E) refutes them, and the other strengths tell it."""
+    table = table_of(np.random.default_rng(23), 400, [0.0, 0.4, 0.8, 1.2, 1.6], control=CONTROLS["optimal"])
+    table["log_w"][table["strength"] == 1.2] -= 2.5
+    row = rows_of(table)[1.2]
+    assert row["kl_method"] == "mbar"
+    near(row, "log_z", 1.2**2 * V / 2)
+
+
+STEPS = np.array([0.0, 1.0, 2.0])
+
+
+def contradictions(log_z, energy):
+    """What is said of a sweep whose every replicate is within 0.01 of it."""
+    rng, nothing = np.random.default_rng(24), np.full(3, 0.1)
+    around = lambda x: np.vstack([x, x + 0.01 * rng.standard_normal((200, 3))])  # noqa: E731
+    single = Sweep(*(around(np.array(x)) for x in (log_z, nothing, energy, nothing)))
+    return _contradictions(STEPS, single, single, Replicates(np.zeros((201, 1)), (100,)))
+
+
+@pytest.mark.parametrize(
+    ("log_z", "energy", "words"),
+    [
+        ((0.0, 0.5, 2.0), (0.0, -1.0, -2.0), ()),  # log Z = s^2 / 2, m(s) = -s
+        ((0.0, 0.5, 0.5), (0.0, -1.0, 0.5), ("strength 2: the mean energy m(s) rises",)),
+        ((0.0, 0.5, 1.0), (0.0, -1.0, -2.0), ("strength 2: log Z falls faster than its slope",)),
+        ((0.0, 0.5, 3.0), (0.0, -1.0, -2.0), ("strength 2: log Z rises faster than its slope",)),
+        (
+            (0.0, 0.5, 2.4),
+            (0.0, -1.0, -2.0),
+            ("strength 2: log Z and the integral of m(s) of single runs differ by +0.4",),
+        ),
+    ],
+)
+def test_what_no_tilt_does_is_told(log_z, energy, words):
+    found = contradictions(log_z, energy)
+    if not words:
+        assert found == []
+    else:
+        assert any(w.startswith(words[0]) for w in found), found
+
+
+def test_nats_that_were_not_paid_refute_the_log_z_that_needs_them():
+    """Samples that lie further from natural than their path_kl says: no kl_lower above it is believed."""
+    rng = np.random.default_rng(25)
+    table = table_of(rng, 1000, [0.0, 1.0], control=CONTROLS["optimal"], weights=False)
+    table["path_kl"] = np.where(table["strength"] > 0, 0.03, 0.0)  # 0.47 in truth
+    row = rows_of(table, pilot_of(rng, 3000))[1.0]
+    assert row["kl_lower"] == row["path_kl"] == 0.03
+    assert row["kl"] is None
 
 
 def test_strength_zero_is_exact_and_pools_the_pilot():

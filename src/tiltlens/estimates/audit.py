@@ -90,7 +90,7 @@ def _contradictions(s: np.ndarray, sweep: Sweep, single: Sweep, bootstrap: Repli
         ),
         (
             step + integral(s, m, single.variance)[:, 1:],
-            quadrature[1:],
+            quadrature[1:] + 1e-9 * h,
             0,
             "log Z and the integral of m(s) of single runs differ by {:+.2g} nats: a mode may be missed, or the sweep "
             "is coarse here.",

@@ -19,7 +19,7 @@ from tiltlens.estimates.pool import Pool
 from tiltlens.estimates.samples import Samples
 from tiltlens.estimates.sweep import Sweep, decide, find_sources, measure
 from tiltlens.estimates.table import Group, read_groups
-from tiltlens.estimates.trust import SIGNIFICANT, trusted_log_z
+from tiltlens.estimates.trust import trusted_log_z
 from tiltlens.estimates.widening import of_pool, of_run
 
 TOP = 8.0  # times the largest strength: how far the lower bound looks for the strength that q' really reached
@@ -54,14 +54,15 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
     count = len(sources.strengths)
 
     def everything(counts: list[np.ndarray]) -> np.ndarray:
-        """(B, 12 K + 2 runs): all that is estimated, for given counts of the samples."""
+        """(B, 12 K + 3 runs): all that is estimated, for given counts of the samples."""
         parts = [measure(sources, samples, counts).reshape(len(counts[0]), -1)]
-        parts.append(_lower(reach, samples, sources.pool, counts))
+        parts += _lower(reach, samples, sources.pool, counts)
         parts += [_cost(run, c)[:, None] for run, c in zip(samples, counts)]
         return np.concatenate(parts, -1)
 
     bootstrap = replicate(everything, [run.cluster for run in samples])
-    found, lower, cost = np.split(bootstrap.values, [12 * count, 12 * count + len(samples)], -1)
+    ends = [12 * count + k * len(samples) for k in range(3)]
+    found, lower, log_z_l, cost = np.split(bootstrap.values, ends, -1)
     found = found.reshape(-1, 4, 3, count)
     nodes = decide(sources, samples, found, bootstrap)
     composed, single = compose(nodes, found), found[:, 0]
@@ -71,7 +72,8 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
     at = [next(k for k, n in enumerate(nodes) if n.strength == run.strength) for run in samples]
     gap = cost + composed.log_z[:, at]
     gap_se = bootstrap.se(gap) * shortfalls(nodes, samples, sources.pool)[0, at]
-    lower_se = bootstrap.se(lower) * _widened(reach, samples, sources.pool)
+    wider = _widened(reach, samples, sources.pool)
+    lower_se = np.sqrt(bootstrap.se(lower) ** 2 + (wider**2 - 1) * bootstrap.se(log_z_l) ** 2)
 
     rows = []
     for group in groups:
@@ -81,12 +83,8 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
         k = next(i for i, g in enumerate(filled) if g is group)
         run, j = samples[k], at[k]
         path_kl = mean(run.path_kl, None, None, run) if run.path_kl is not None else NOTHING
-        # both are estimates, and near the optimum they meet: the truth is never the other way round
-        if lower[0, k] - path_kl.value > SIGNIFICANT * np.hypot(lower_se[k], path_kl.se):
-            warnings.append(
-                f"strength {run.strength:g}: kl_lower lies above path_kl by more than their errors, and is cut to it: one of "
-                "the two, or an error, is wrong; more samples would tell which."
-            )
+        # both are estimates, and near the optimum they meet: the truth is never the other way round (beyond errors neither
+        # are they: such a log Z(l) is refuted by the run's own bound)
         least = Mean(np.fmin(lower[0, k], path_kl.value), lower_se[k])
         values = {
             "path_kl": path_kl,
@@ -116,23 +114,23 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
 
 def _lower(
     reach: list[Reach | None], samples: list[Samples], pool: Pool | None, counts: list[np.ndarray]
-) -> np.ndarray:
-    """kl_lower of every run, (B, runs), with each supremum kept where the whole sample has it."""
-    out = np.zeros((len(counts[0]), len(samples)))
+) -> tuple[np.ndarray, np.ndarray]:
+    """kl_lower of every run and its log Z(l), (B, runs) each, with each supremum kept where the whole sample has it."""
+    log_z, moved = np.zeros((2, len(counts[0]), len(samples)))
     joint = [k for k, best in enumerate(reach) if best and best.source == len(samples)]  # by MBAR
     if joint:
-        out[:, joint] = -mbar.evaluate(pool, np.array([reach[k].l for k in joint]), counts).log_z
+        log_z[:, joint] = mbar.evaluate(pool, np.array([reach[k].l for k in joint]), counts).log_z
     for k, best in enumerate(reach):
         if not best:
             continue
         if k not in joint:
-            out[:, k] = -tilt(samples[best.source], best.l, counts[best.source]).log_z
-        out[:, k] -= best.l * mean(samples[k].energy, counts[k], samples[k].martingale, samples[k]).value
-    return out
+            log_z[:, k] = tilt(samples[best.source], best.l, counts[best.source]).log_z
+        moved[:, k] = -best.l * mean(samples[k].energy, counts[k], samples[k].martingale, samples[k]).value
+    return moved - log_z, log_z
 
 
 def _widened(reach: list[Reach | None], samples: list[Samples], pool: Pool | None) -> np.ndarray:
-    """(runs,): by how much the bootstrap's error of kl_lower falls short, that of its log Z(l); see `widening`."""
+    """(runs,): by how much the bootstrap's error of log Z(l) falls short; see `widening`."""
     out = np.ones(len(samples))
     for k, best in enumerate(reach):
         if best and best.source == len(samples):
