@@ -270,6 +270,18 @@ def test_what_is_trained_on_is_what_is_sampled(until, tmp_path):
     assert guided[:-1].tolist() == expected[:-1].tolist()
 
 
+def test_particles_without_a_twist_say_that_they_are_weighed_once(tmp_path):
+    """No ESS is told of steps at which nothing was weighed."""
+    prior = GaussianMixture(*MIXTURE)
+    folder = kept(stirred(Head(prior.denoiser), 0.05), sampler(prior), tmp_path)
+    made = sampler(prior, Amortised(folder), method=Particles(8))
+    with pytest.warns(UserWarning, match="Amortised has no twist"):
+        found = made.sample([*(Row(0, 0.0, i) for i in range(8)), *(Row(0, S, i) for i in range(8))])
+    assert (found.ess[:8] == 8).all()
+    assert found.ess[8:, :-1].isnan().all()
+    assert ((found.ess[8:, -1] >= 1) & (found.ess[8:, -1] < 8)).all()
+
+
 # --- exact weights -----------------------------------------------------------------------
 
 

@@ -182,7 +182,7 @@ def test_path_kl_bounds_the_kl_of_the_output():
     less with more particles."""
     missing = []
     for size in (1, 4, 32):
-        with pytest.warns(UserWarning, match="one particle") if size == 1 else _nothing():
+        with pytest.warns(UserWarning, match="one particle resamples nothing") if size == 1 else _nothing():
             made = sampler("unpushed", Particles(size))
         found = made.sample(rows(size, 2048 // size, 1.5))
         for other in (0.5, 1.0, 1.5):
@@ -249,6 +249,8 @@ def test_a_tempered_twist_leaves_z_unbiased_and_more_weight_at_every_step():
     assert se < 0.06
     (beta,) = made.method._found.values()
     assert 0 <= min(beta) < 0.9
+    (told,) = made.method.diagnostics([made.method.recorded()])
+    assert (told["unit"], told["strength"], told["exponents"]) == (0, 3.0, pytest.approx(beta))
     assert found.ess[:, :-1].amin(1).mean() > whole.ess[:, :-1].amin(1).mean() + 0.5
     fresh = sampler("unpushed", Particles(16, 0.8, 0.9), TARGET, steps=14)
     same(fresh.sample(rows(16, 2) + rows(16, 2, 3.0)), slice(32, 64), made.sample(rows(16, 2, 3.0)))
@@ -592,7 +594,7 @@ def test_ess_and_ancestors_are_curves_on_wandb(folder):
     ("change", "words"),
     [
         (["--data.n=14"], "12 or 16 fits"),
-        (["--data.n=2"], "expected a multiple of 4; 4 fits"),
+        (["--data.n=2"], "expected a multiple of 4; 4 fits, and 16 or more let errors be told"),
         (["--model.eta=0"], "expected eta > 0"),
         (["--model.sampler.init_args.threshold=2"], "threshold = 2.0"),
         (["--model.sampler.init_args.particls=2"], "Particles has no argument 'particls'. Did you mean particles?"),

@@ -11,6 +11,7 @@ import numpy as np
 
 from tiltlens.estimates.bootstrap import Replicates
 from tiltlens.estimates.bounds import log_z_floor
+from tiltlens.estimates.importance import GROUPS_MIN
 from tiltlens.estimates.integral import integral, quadrature_errors, shortfalls
 from tiltlens.estimates.pool import Pool
 from tiltlens.estimates.samples import Samples
@@ -50,7 +51,7 @@ def audit(
     remedy = MORE_GROUPS if any(run.groups is not None for run in samples) else REMEDY
     for k, node in enumerate(nodes):
         at = f"strength {node.strength:g}:"
-        reason = COLLAPSED
+        reason = _too_few(node.strength, samples) or COLLAPSED
         if node.method == "thermodynamic":
             statistical, bias = float(se.kl[k]), node.strength * node.bias
             for x in (se.log_z, se.kl):
@@ -74,6 +75,18 @@ def audit(
             continue
         last = max(last, float(value.kl[k]))
     return value, se, methods, warnings + _contradictions(s, sweep, single, bootstrap)
+
+
+def _too_few(strength: float, samples: list[Samples]) -> str | None:
+    """Of particles: groups are what is independent, and fewer than four tell no error, however healthy their weights."""
+    run = next((run for run in samples if run.strength == strength and run.groups is not None), None)
+    count = len(np.unique(run.groups)) if run else GROUPS_MIN
+    if count >= GROUPS_MIN:
+        return None
+    return (
+        f"{count} group{'s' * (count != 1)} of particles tell no error, {GROUPS_MIN} at least do (data.n of {GROUPS_MIN} "
+        "groups or more, or smaller groups)"
+    )
 
 
 def _contradictions(s: np.ndarray, sweep: Sweep, single: Sweep, bootstrap: Replicates) -> list[str]:

@@ -10,7 +10,7 @@ well or badly the control was trained; what training decides is the gap. `train.
     adapter/config.json            of which prior, unit, energy, strength and chain; see `AdapterConfig`
     adapter/adapter.safetensors    the control's parameters
 
-There is no twist beside the shift: with `Particles` a group is weighted and resampled once, at the end.
+There is no twist beside the shift: with `Particles` a group is weighted and resampled once, at the end, which they say.
 """
 
 import dataclasses
@@ -146,6 +146,8 @@ def load_control(folder: Path, base: Denoiser) -> Control:
 class Amortised(Guidance):
     """The control of an adapter folder. adapter: the folder. A row of another strength than that of training gets the
     adapter's product scaled by the ratio, up to twice; more is refused. Strength 0 is the base chain, to the bit."""
+
+    has_twist = False
 
     def __init__(self, adapter: str, profile: list[float] | Profile | None = None):
         super().__init__(profile)

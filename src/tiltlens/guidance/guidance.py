@@ -120,6 +120,9 @@ class Guidance:
     needs_pilot = False
     learns = False  # whether lessons are learned on the pilot, and handed to `adopt`, before the run
     reads_features = False  # whether the pilot keeps the denoiser's features for them
+    has_twist = (
+        True  # whether log_psi comes with the shift: without it particles are weighed at the end alone
+    )
 
     def __init__(self, profile: list[float] | Profile | None = None):
         if isinstance(profile, (list, tuple)):

@@ -6,6 +6,7 @@ from typing import Any
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from tiltlens.estimates.importance import GROUPS_MIN
 from tiltlens.sampling.plan import Row, check_strengths, plan
 
 SEEDS = 1 << 53  # a seed is a whole number that a float holds, and those below 0 are the pilot's
@@ -42,7 +43,7 @@ class PlanData(LightningDataModule):
             fits = [str(k) for k in (self.n // size * size, -(-self.n // size) * size) if k]
             raise ValueError(
                 f"data.n = {self.n}: the sampler takes groups of {size} rows of each unit and strength, expected a multiple "
-                f"of {size}; {' or '.join(fits)} fits"
+                f"of {size}; {' or '.join(fits)} fits, and {GROUPS_MIN * size} or more let errors be told"
             )
         self.group_size = size
 

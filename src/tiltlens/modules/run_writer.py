@@ -135,7 +135,7 @@ class RunFolderWriter(Callback):
                     "unit": names[row.unit], "strength": row.strength, "seed": row.seed, "step": k, "t": t,
                     "log_snr": float(chain.log_snr[k]), "guidance_norm": float(outputs.guidance_norm[i, k]),
                     "path_kl_step": float(outputs.step_kl[i, k]),
-                    "ess": None if outputs.ess is None else float(outputs.ess[i, k]),
+                    "ess": None if outputs.ess is None else _number(outputs.ess[i, k]),
                     "ancestors": None if outputs.ancestors is None else float(outputs.ancestors[i, k]),
                 }
                 for k, t in enumerate(chain.indices)
@@ -185,6 +185,10 @@ class RunFolderWriter(Callback):
             raise RuntimeError(
                 f"{len(missing)} rows of the plan are missing from {self.folder.path}; run the same command again"
             )
+
+
+def _number(x: torch.Tensor) -> float | None:
+    return float(x) if torch.isfinite(x) else None
 
 
 def _keeps_steps(number: int, group_size: int) -> bool:

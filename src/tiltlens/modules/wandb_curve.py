@@ -26,7 +26,7 @@ from tiltlens.sampling import Independent
 
 CURVE = (
     "activation_mean", "activation_se", "z_mean", "z_se", "energy_mean", "energy_se", "path_kl", "path_kl_se", "kl_lower",
-    "kl", "kl_se", "log_z", "log_z_se", "ess", "gap", "gap_se", "efficiency", "n", "nonfinite", "seconds",
+    "kl_lower_se", "kl", "kl_se", "log_z", "log_z_se", "optimum_energy", "optimum_energy_se", "ess", "gap", "gap_se", "efficiency", "n", "nonfinite", "seconds",
 )  # fmt: skip
 # Every row brings its own x. With step_sync, its default, W&B adds x once more to a row, now and then as 0.
 QUANTILES = (0.05, 0.5, 0.95)
@@ -159,7 +159,9 @@ def log_steps(run: Any, prefix: str, folder: RunFolder, unit: str, groups: np.nd
         for s in strengths:
             here = at & (mine["strength"] == s)
             for name, rows in of.items():
-                entry[f"{prefix}/{name}/strength {s:g}"] = float(np.nanmean(mine[name][here & rows]))
+                told = mine[name][here & rows]
+                if np.isfinite(told).any():
+                    entry[f"{prefix}/{name}/strength {s:g}"] = float(np.nanmean(told))
         run.log(entry)
 
 

@@ -59,7 +59,9 @@ class Particles(ChainSampler):
             )
         if particles == 1:
             warnings.warn(
-                "Particles with one particle resamples nothing: these are independent rows", stacklevel=2
+                "Particles: particles = 1, expected 2 or more: a group of one particle resamples nothing. Set "
+                "particles, or take the sampler Independent",
+                stacklevel=2,
             )
         self.particles, self.threshold, self.temper = particles, float(threshold), temper
         self._found: dict[tuple, list[float]] = {}
@@ -88,6 +90,13 @@ class Particles(ChainSampler):
         norms, kls, ess, ancestors = zip(*steps)
         found = parts.finish(rows, bound, step.cloud.state, norms, kls)
         ess, ancestors = torch.stack(ess, 1), torch.stack(ancestors, 1)
+        if not parts.guidance.has_twist and bool((bound.strength > 0).any()):
+            ess[(bound.strength > 0)[:: self.particles], :-1] = math.nan  # nothing was weighed there
+            warnings.warn(
+                f"{type(parts.guidance).__name__} has no twist: groups are weighed and resampled at the end alone, as importance "
+                "sampling is. Exact, but no better than independent rows; Calibrated or Learned have one",
+                stacklevel=2,
+            )
         return self._weigh(found, step.cloud, step.log_z, bound.strength, noise, ess, ancestors)
 
     def _steps(self, parts: Parts, rows: Sequence[Row], noise: Noise, beta: Callable) -> Iterator["_Step"]:
@@ -138,6 +147,23 @@ class Particles(ChainSampler):
         one = [1.0] * len(parts.chain)
         beta = [self._found[parts.constraint, r.unit, r.strength] if r.strength > 0 else one for r in rows]
         return torch.tensor(beta, dtype=torch.float64, device=parts.device)
+
+    def recorded(self) -> dict[str, Tensor] | None:
+        """The exponents of the twist that tempering found so far: unit (index), strength (K,); exponents (K, steps)."""
+        if not self._found:
+            return None
+        keys = [(unit, s) for _, unit, s in self._found]
+        unit, strength = (torch.tensor(x) for x in zip(*keys))
+        return {"unit": unit, "strength": strength.double(), "exponents": torch.tensor(list(self._found.values()))}  # fmt: skip
+
+    def diagnostics(self, records: Sequence[dict[str, Tensor]] | None = None) -> list[dict]:
+        """For each (unit, strength > 0) that was tempered: unit (index), strength, exponents of the twist (steps,)."""
+        own = self.recorded()
+        found: dict[tuple[int, float], list[float]] = {}
+        for record in records if records is not None else [own] if own else []:
+            keys = zip(record["unit"].tolist(), record["strength"].tolist())
+            found |= dict(zip(keys, record["exponents"].tolist()))
+        return [{"unit": unit, "strength": s, "exponents": x} for (unit, s), x in sorted(found.items())]
 
     def _check_groups(self, rows: Sequence[Row]) -> None:
         g = self.particles
