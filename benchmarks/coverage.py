@@ -15,7 +15,8 @@ on seed 0, so that any other is out of sample. A run is what a user would have: 
 
 valid: the share of runs that give a number at all. covers: of those, the share whose interval, estimate +- t se with
 the normal's 1.96, holds the truth (its own standard error is 1.5 points at 95 % of 200). bare: runs whose number is wrong
-by more than four standard errors. A run that gives none says why: "silent" counts those that do not, and must be 0.
+by more than four standard errors. A run that gives one of the three not says why, of this strength: "silent" counts those that
+do not, and must be 0.
 edge: the same coverage where less than half of the runs give a number, the likeliest place for luck to pass for trust.
 The chain has 50 steps uniform in the table's index, where its law is the mixture's to 0.4 % of the variance: well below these errors.
 """
@@ -184,8 +185,17 @@ def judge(runs: list[list[tuple[dict, list[str]]]], k: int, truth: dict[str, flo
         off = np.array([abs(x - truth[name]) / max(se, 1e-12) for x, se in found])
         out[name, "valid"] = len(off)
         out[name, "covers"], out[name, "bare"] = int((off <= NORMAL).sum()), int((off > 4).sum())
-    out["all", "silent"] = sum(r["kl"] is None and not said for r, said in rows)
+    keys = ("log_z", "kl", "optimum_energy")
+    out["all", "silent"] = sum(
+        any(r[key] is None for key in keys) and not explained(r["strength"], said) for r, said in rows
+    )
     return out
+
+
+def explained(strength: float, said: list[str]) -> bool:
+    """Whether a sentence speaks of this strength: "strengths 0.5, 1: ..."."""
+    heads = (line.partition(":")[0].removeprefix("strengths ").removeprefix("strength ") for line in said)
+    return any(f"{strength:g}" in head.split(", ") for head in heads)
 
 
 def tell(text: str, end: str = "\r") -> None:
@@ -213,7 +223,9 @@ def verdict(figures: dict[tuple, Counter], runs: int) -> bool:
     """Pooled over strengths and dimensions, method by method: intervals of one run at several strengths are related,
     runs are not."""
     good = True
-    print("\n| method | log_z | edge | kl | edge | mean activation | edge |\n|---|---|---|---|---|---|---|")
+    print(
+        "\n| method | log_z | edge | kl | edge | mean activation | edge | bare |\n|---|---|---|---|---|---|---|---|"
+    )
     for method in dict.fromkeys(method for _, method, _ in figures):
         cells = []
         for name in NUMBERS:
@@ -223,6 +235,8 @@ def verdict(figures: dict[tuple, Counter], runs: int) -> bool:
             valid, covers = pooled[name, "valid"], pooled[name, "covers"]
             good &= valid > 0 and WANTED[0] <= covers / valid <= WANTED[1]
             cells += [share(pooled, name), share(edge, name)]
+        bare, given = (sum(pooled[name, what] for name in NUMBERS) for what in ("bare", "valid"))
+        cells.append(f"{bare} of {given}")
         print(f"| {method} | {' | '.join(cells)} |")
     silent = sum(f["all", "silent"] for f in figures.values())
     good &= silent == 0

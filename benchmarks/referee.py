@@ -7,7 +7,8 @@ and are read at three strengths on the way, even in thermodynamic length. Partic
 strengths on other seeds, and MBAR takes their weighted samples together with a pool of unguided ones, made once for all
 units. Nothing but the units' standardisation and the law, p of this chain at strength 0, is shared by particles and referee.
 
-KL in nats, +- one standard error (bootstrap over groups of particles, or over walks); in parentheses where the weights
+KL in nats, +- one standard error (bootstrap over groups of particles, or over walks, widened as every report's, see
+estimates/widening.py); in parentheses where the weights
 do not stand for it themselves (see estimates/importance.py). off: the difference from the referee in units of the
 combined standard error. kl_lower <= KL(q^||p) <= path KL bound what the particles sampled, and path KL of the walks what
 the walks did. m(s) of the second table is that of plain Metropolis chains at the largest strength (--chains), against the
@@ -31,6 +32,7 @@ from tiltlens.estimates.bootstrap import replicate
 from tiltlens.estimates.bounds import mean
 from tiltlens.estimates.importance import KL_ROOT, relative_variance, tilt
 from tiltlens.estimates.samples import Samples
+from tiltlens.estimates.widening import of_pool, of_run
 from tiltlens.guidance import Calibrated
 from tiltlens.priors import load_prior
 from tiltlens.sampling import NoiseSpace, Particles
@@ -138,7 +140,7 @@ class Bench:
             )  # fmt: skip
         told = next(d for d in referee.diagnostics() if d["strength"] == top)
         last = run_of(top, energies[:, -1], log_w[:, -1])
-        m, m_se = estimate(last, lambda run, counts: tilt(run, top, counts).energy)
+        m, m_se = estimate(last, lambda run, counts: tilt(run, top, counts).energy, top)
         return figures, {
             "unit": self.names[u], "strength": top, "acceptance": [min(told["acceptance"]), max(told["acceptance"])],
             "beta": told["beta"][-1], "lost": told["lost"], "autocorrelation": (chains or Nothing).autocorrelation,
@@ -173,13 +175,13 @@ class Bench:
             mine = {k: v[table["strength"] == s] for k, v in table.items()}
             keep = mine["finite"]
             runs.append(Samples(s, *(mine[k][keep] for k in ("energy", "log_w", "path_kl")), mine["group"][keep],
-                                mine["weight"][keep] * size if size > 1 else None))  # fmt: skip
+                                mine["weight"][keep] * size if size > 1 else None, mine["ancestor"][keep]))  # fmt: skip
         pool = mbar.pool_draws([free, *runs])
         joint = replicate(
             lambda counts: mbar.evaluate(pool, strengths, counts).kl(np.array(strengths)),
             [run.cluster for run in (free, *runs)],
         )
-        joint_se = joint.se()
+        joint_se = joint.se() * np.array([of_pool(pool, s, [free, *runs]) for s in strengths])
         out = []
         for k, (s, run) in enumerate(zip(strengths, runs)):
             walks = run_of(s, energies[:, k], log_w[:, k])
@@ -188,7 +190,7 @@ class Bench:
             sound = [bool(np.isfinite(relative_variance(x, s, KL_ROOT))) for x in (run, walks)]
             spent = mean(walks.path_kl)
             out.append(Figure(
-                self.names[u], s, estimate(run, kl), (float(joint.values[0, k]), float(joint_se[k])), estimate(walks, kl),
+                self.names[u], s, estimate(run, kl, s), (float(joint.values[0, k]), float(joint_se[k])), estimate(walks, kl, s),
                 (sound[0], bool(mbar.healthy(pool, s, KL_ROOT)), sound[1]), row["kl_lower"], row["path_kl"],
                 (float(spent.value), float(spent.se)),
                 (tilt(run, s).ess, mbar.trusted_draws(pool, s), tilt(walks, s).ess),
@@ -216,10 +218,10 @@ def run_of(strength: float, energy: np.ndarray, log_w: np.ndarray) -> Samples:
     return Samples(strength, energy, log_w, -(log_w + strength * energy), np.flatnonzero(keep))
 
 
-def estimate(run: Samples, statistic) -> tuple[float, float]:
-    """(value, standard error) of a statistic (run, counts) -> (B,)."""
+def estimate(run: Samples, statistic, strength: float) -> tuple[float, float]:
+    """(value, standard error) of a statistic (run, counts) -> (B,) of the weights for this strength."""
     found = replicate(lambda counts: statistic(run, counts[0])[:, None], [run.cluster])
-    return float(found.values[0, 0]), float(found.se()[0])
+    return float(found.values[0, 0]), float(found.se()[0]) * of_run(run, strength)
 
 
 def batches(n: int, size: int) -> list[range]:

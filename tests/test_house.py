@@ -1,6 +1,8 @@
 """The house: imports run one way, and the rooms of mathematics know nothing of Lightning or W&B."""
 
 import ast
+import doctest
+import importlib
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,16 @@ def test_nothing_unpickles():
                 if not safe:
                     bad.append(f"{file.relative_to(ROOT)}:{node.lineno}")
     assert not bad, f"unsafe loading in {bad}"
+
+
+EXAMPLES = [
+    f for f in sorted(ROOT.rglob("*.py")) if ">>> " in f.read_text() and f.name != "api.py"
+]  # api.py's samples images
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda f: f.stem)
+def test_examples_of_docstrings_are_true(file):
+    name = ".".join(["tiltlens", *file.relative_to(ROOT).with_suffix("").parts])
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted
+    assert not found.failed

@@ -16,9 +16,9 @@ so that theta^ - beta mean(M), beta = cov(phi, M) / var(M), has the same limit a
 *Collapse.* Heavy weights are judged by their own few largest members: an estimate that passes a test of ESS
 was also lucky. So a second, steadier judge sits beside ESS: were log w normal, ESS / n would be exp(-var log
 w), and the upper half of log w tells that variance from n / 2 samples (a long lower tail harms nobody). The
-smaller counts: trusted ESS. KL weighs the tail by -s E besides and needs more than Z. Simulated (log w
-normal, n = 64 to 4096, spread swept), the worst share of runs that pass and are wrong by more than 2 (3) of
-their standard errors:
+smaller counts: trusted ESS. KL weighs the tail by -s E besides and needs more than Z. Simulated once, to choose (log w
+normal, n = 64 to 4096, spread swept; what was chosen is measured by benchmarks/coverage.py), the worst share of runs that pass
+and are wrong by more than 2 (3) of their standard errors:
 
     asked                               log Z          KL
     ESS >= 10                           0.31           0.64 (0.57)
