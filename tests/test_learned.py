@@ -404,6 +404,25 @@ def test_units_are_learned_one_by_one():
         torch.testing.assert_close(both.lessons[i].found, alone.lessons[0].found, equal_nan=True)
 
 
+def test_every_smoothing_is_a_candidate(tmp_path):
+    """[2, 4]: the default's two views, and one column more, which is the default of four views to the bit."""
+    write_pixel(tmp_path)
+    prior, unit = load_prior(str(tmp_path)), Projection(normal(192).div(14).tolist())
+    seen = {}
+    for views in ([2, 4], 4):
+        made = Sampler(prior, UnitBank([unit]), Linear(), Learned(smoothing=views, head=False, shadows=32), 4)
+        made.calibrate(made.run_pilot(32, 32), lessons=[Lesson.default(4, len(made.guidance.candidates) + 1)])
+        slope = torch.ones_like(made.tables.slope)  # a random prior has none
+        tables = dataclasses.replace(made.tables, slope=slope)
+        seen[str(views)] = cast(made.guidance, made.chain, made.constraint, tables, 0, None, 8)
+    both, four = seen["[2, 4]"].d, seen["4"].d
+    assert both.shape[2] == four.shape[2] + 1
+    assert torch.equal(both[:, :, -2], four[:, :, 0])
+    assert not torch.equal(both[:, :, 0], four[:, :, 0])
+    with pytest.raises(ValueError, match="different smoothings"):
+        Learned(smoothing=[2, 2])
+
+
 def test_broken_trajectories_teach_nothing():
     made = taught(Learned(shadows=32), pilot=64)
     (pilot,) = made.pilots

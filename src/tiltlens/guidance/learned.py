@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tiltlens.constraint import RowConstraint
 from tiltlens.denoiser import Denoiser
-from tiltlens.guidance.calibrated import Calibrated, Memory, views_of
+from tiltlens.guidance.calibrated import VIEWS, Calibrated, Memory, views_of
 from tiltlens.guidance.channel import NaturalLaws
 from tiltlens.guidance.guidance import (
     Guidance,
@@ -104,21 +104,26 @@ class Lesson:
 
 class Learned(Calibrated):
     """`Calibrated`, learned on the pilot. memory, smoothing, redraws: of the default that learning starts from, and keeps
-    where the pilot cannot tell better. shadows: pilot trajectories that are run again; more than there are means all.
+    where the pilot cannot tell better; of a list of smoothings the first is the default's, and each of the others one more
+    candidate (and one more backward pass of the encoder a step). shadows: pilot trajectories that are run again; more than there are means all.
     head: learn the head on the denoiser's features too. law, finite: as of Calibrated; the natural law by default, and Tweedie's
     shifts, for multipliers are fitted to the steps as they are. Needs a pilot of at least 32 trajectories and noise (eta > 0).
 
-    Candidates: the default, then the same gradient with the time constants 0 (the step alone), 2 and 6 of memory, and
-    with redraws the gradient without them.
+    Candidates: the default, then the same gradient with the time constants 0 (the step alone), 2 and 6 of memory, with
+    redraws the gradient without them, and that of every other smoothing.
     """
 
     learns = True
 
     def __init__(
-        self, memory: float = 2.0, smoothing: int = 2, redraws: int = 0, shadows: int = 128, head: bool = True,
+        self, memory: float = 2.0, smoothing: int | list[int] = 2, redraws: int = 0, shadows: int = 128, head: bool = True,
         law: str = "natural", finite: bool = False, profile: Any = None,
     ):  # fmt: skip
-        super().__init__(memory, smoothing, redraws, law, finite, profile)
+        views = list(smoothing) if isinstance(smoothing, (list, tuple)) else [smoothing]
+        if not views or len(set(views)) < len(views) or not all(1 <= k <= len(VIEWS) for k in views):
+            raise ValueError(f"Learned: expected different smoothings in 1..{len(VIEWS)}, found {smoothing}")
+        super().__init__(memory, views[0], redraws, law, finite, profile)
+        self.smoothing, self._views = smoothing, views
         if shadows < LEAST_PILOT:
             raise ValueError(f"Learned: shadows must be at least {LEAST_PILOT}, found {shadows}")
         self.shadows, self.head = shadows, head
@@ -131,8 +136,15 @@ class Learned(Calibrated):
     @property
     def candidates(self) -> list[tuple[int, float]]:
         """(which of `sources`, time constant) of each column but the head's; the default first."""
-        own = [(1, self.memory)] if self.redraws else []
-        return [(0, self.memory), *((0, t) for t in TIMES if t != self.memory), *own]
+        others = range(1, 1 + self.own + len(self._views) - 1)
+        return [
+            (0, self.memory), *((0, t) for t in TIMES if t != self.memory), *((k, self.memory) for k in others)
+        ]  # fmt: skip
+
+    @property
+    def own(self) -> int:
+        """Which of `sources` is the gradient of the default's estimate alone, without redraws."""
+        return int(self.redraws > 0)
 
     def check(self, pilot: int, eta: float) -> None:
         super().check(pilot, eta)
@@ -197,8 +209,8 @@ class Learned(Calibrated):
             x0_hat = clean_estimate(denoiser, leaf, step.t, step.clip)
         clean, step = self.leaf(denoiser, x_t, x0_hat, step)
         read = bool((slope != 0).any())  # where a head alone can tell, the encoder need not run
-        u = self.read(clean, step, rows) if read else torch.zeros_like(slope)
-        mean = (mean + slope * u.detach()).detach().requires_grad_()
+        u = self.read(clean, step, rows) if read else [torch.zeros_like(slope)]
+        mean = (mean + slope * u[0].detach()).detach().requires_grad_()
         log_psi = self.log_psi(mean, variance, step, rows)
         (force,) = torch.autograd.grad(log_psi.sum(), mean)
         fed, present = self._forces(force)
@@ -228,18 +240,24 @@ class Learned(Calibrated):
         redraw = lambda k, kappa: redrawn(denoiser, x_t.detach(), found, step, k, kappa)  # noqa: E731
         return found.clone().requires_grad_(), replace(step, redraw=redraw)
 
-    def read(self, clean: Tensor, step: Step, rows: RowConstraint) -> Tensor:
-        """u (B,), the mean over views."""
-        views = views_of(rows.decode(clean), self.smoothing, step.number)
-        return rows.argument(rows.read(views, step.log_snr)).reshape(-1, len(clean)).mean(0)
+    def read(self, clean: Tensor, step: Step, rows: RowConstraint) -> list[Tensor]:
+        """u (B,) of every smoothing, the mean over so many views; the default's first."""
+        views = views_of(rows.decode(clean), max(self._views), step.number)
+        u = rows.argument(rows.read(views, step.log_snr)).reshape(-1, len(clean))
+        return [u[:k].mean(0) for k in self._views]
 
-    def sources(self, clean: Tensor, u: Tensor, fed: Tensor, step: Step, rows: RowConstraint) -> list[Tensor]:
+    def sources(
+        self, clean: Tensor, u: list[Tensor], fed: Tensor, step: Step, rows: RowConstraint
+    ) -> list[Tensor]:
         """The gradients d(fed u)/d x0_hat that memories are fed with, (B, *shape) each: with redraws averaged over them,
-        then that of the estimate alone, which without redraws is the only one."""
-        (own,) = torch.autograd.grad((fed * u).sum(), clean)
+        then that of the estimate alone, which without redraws is the first; then that of every other smoothing."""
+        own, *others = (
+            torch.autograd.grad((fed * x).sum(), clean, retain_graph=k < len(u) - 1)[0]
+            for k, x in enumerate(u)
+        )
         if not self.redraws:
-            return [own]
-        return [(own + self.redraws * self._redrawn(fed, step, rows)) / (1 + self.redraws), own]
+            return [own, *others]
+        return [(own + self.redraws * self._redrawn(fed, step, rows)) / (1 + self.redraws), own, *others]
 
     def average(
         self, sources: list[Tensor], slope: Tensor, step: Step, memory: Memory

@@ -206,9 +206,9 @@ def _look(
         if read or plain:
             clean, step = guidance.leaf(chain.denoiser, x_t, x0_hat, step)
             found = guidance.read(clean, step, rows)
-            sources = guidance.sources(clean, found, torch.ones_like(found), step, rows)
-            u = found.detach() if read else u
-            own = pull(sources[-1]) if plain else zero
+            sources = guidance.sources(clean, found, torch.ones_like(found[0]), step, rows)
+            u = found[0].detach() if read else u
+            own = pull(sources[guidance.own]) if plain else zero
         if read:
             averages, memory = guidance.average(sources, torch.ones_like(u), step, memory)
             columns = [pull(h) for h in averages]
