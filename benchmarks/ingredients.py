@@ -93,7 +93,7 @@ class Bench:
             arguments(p, u, n, True) for p, u, n in zip(self.pilots, bank.units, constraint.naturals)
         ]
         start = time.perf_counter()
-        self.heads = heads_of(self.guidance, self.sampler.chain, self.tables, self.pilots, self.read)
+        self.heads, _ = heads_of(self.guidance, self.sampler.chain, self.tables, self.pilots, self.read)
         tell(f"heads of all units: {time.perf_counter() - start:.0f} s", end="\n")
 
     def rows(self, unit: int) -> list[Figure]:

@@ -13,7 +13,7 @@ from prior_folders import write_dit, write_pixel, write_text
 from tiltlens.energies import Linear, Target
 from tiltlens.guidance import Calibrated, Learned
 from tiltlens.guidance.guidance import Step
-from tiltlens.guidance.heads import fit_heads, fold_of
+from tiltlens.guidance.heads import fit_heads, fit_spread, fold_of
 from tiltlens.guidance.learned import Lesson
 from tiltlens.guidance.learning import Shadows, hats, judge, moments, place_knots, settle, shrunk
 from tiltlens.modules.command_line import run
@@ -268,6 +268,21 @@ def test_the_head_of_a_fold_never_saw_its_trajectories():
     assert not torch.equal(one.fold_weight[1], two.fold_weight[1])
 
 
+def test_a_spread_that_is_there_is_found_and_one_that_is_not_is_not():
+    """Residuals of variance r^2 (1 + v.phi) where phi has mean 0, with a mean that the first head takes away."""
+    steps, count, width = 6, 2048, 8
+    phi = normal(steps, count, width).clamp(-2, 2)
+    v = torch.zeros(width, dtype=torch.float64)
+    v[0] = 0.4
+    wide = normal(steps, count, seed=1) * (1 + phi @ v).sqrt() + phi[..., 1]
+    residual = torch.stack([wide, normal(steps, count, seed=2)])
+    fold = fold_of(count)
+    found = fit_spread(phi, residual, fold, fit_heads(phi, residual, fold))
+    assert (found.gain[0] > 0).all()
+    torch.testing.assert_close(found.weight[0], v.expand(steps, -1), atol=0.12, rtol=0)
+    assert (found.gain[1] > 0).sum() <= 1
+
+
 @pytest.mark.parametrize("kind", ["pixel", "text", "dit"])
 def test_features_come_with_the_same_forward(kind, tmp_path):
     """x0_hat to the bit, finite features of x_t, the same in any batch, with a gradient."""
@@ -339,13 +354,28 @@ def test_a_head_lowers_the_gap_of_a_unit_that_the_clean_estimate_misreads():
     assert told["efficiency_after"][0] > told["efficiency_before"][0] + 3 * told["efficiency_after"][1]
 
 
+def test_a_spread_lowers_the_gap_of_a_target_energy():
+    """Between two modes a(x_0) is wide, at one of them narrow; the twist of a target depends on which."""
+    prior, energy, s = GaussianMixture(*TWO), Target(1.0, 0.5, False), 1.0
+    log_z = float(prior.log_z([1.0, 0.0], s, energy, 1.0))
+    plain, wide = (
+        gap(taught(Learned(shadows=64, law="gaussian", spread=x), TWO, [[1.0, 0.0]], 40, 512, energy), s, log_z, 400)
+        for x in (False, True)
+    )  # fmt: skip
+    value, se = mean_se(plain - wide)
+    assert value > 4 * se, f"the gap falls by {value:.3f} +- {se:.3f}"
+    assert mean_se(wide)[0] > -4 * mean_se(wide)[1]
+
+
 def headed() -> Sampler:
-    return taught(Learned(shadows=128), TWO, [Misread([1.0, 0.0]), Projection([0.3, 0.8])], 20, 256)
+    units = [Misread([1.0, 0.0]), Projection([0.3, 0.8])]
+    return taught(Learned(shadows=128, spread=True), TWO, units, 20, 256)
 
 
 def test_the_mean_weight_is_z_with_a_head():
     made, s = headed(), 0.5
     assert (made.guidance._weight[0] != 0).any()
+    assert (made.guidance._wide[0] != 0).any()
     found = made.sample([Row(0, s, seed) for seed in range(3000)])
     w = (found.log_w - Misread.log_z(s)).exp()
     value, se = mean_se(w)

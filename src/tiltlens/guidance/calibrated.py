@@ -116,12 +116,14 @@ class Calibrated(Guidance):
 
         return per_row(present, h) * average, Memory(h, weight), after
 
-    def log_psi(self, mean: Tensor, variance: Tensor, step: Step, rows: RowConstraint) -> Tensor:
-        """log E[exp(-s E(a))] (B,) for an argument a of this mean (B,), at this step; differentiable in the mean. variance: of the
-        Gaussian law."""
+    def log_psi(
+        self, mean: Tensor, variance: Tensor, step: Step, rows: RowConstraint, own: Tensor | None = None
+    ) -> Tensor:
+        """log E[exp(-s E(a))] (B,) for an argument a of this mean (B,), at this step; differentiable in the mean, and in the
+        variance (B,) of rows `own` (B,) bool, whose it is and not the step's."""
         if self._natural is None:
             return rows.log_tilt(mean, variance)
-        channel = self._natural.rows(rows.which, step.number, mean)
+        channel = self._natural.rows(rows.which, step.number, mean, variance, own)
         log_w, means, variances = channel.law(channel.at(mean))
         return torch.logsumexp(log_w.T + rows.log_tilt(means.T, variances.T), 0).to(mean)
 

@@ -76,25 +76,34 @@ class Channel:
 
 @dataclass(frozen=True)
 class NaturalLaws:
-    """atoms (units, M), width2 (units,), kappa (units, steps); float64."""
+    """atoms (units, M), width2 (units,), kappa (units, steps); float64. grid, left (units, GRID): precisions, and the residual
+    variance that a channel of each leaves, the dullest last."""
 
     atoms: Tensor
     width2: Tensor
     kappa: Tensor
+    grid: Tensor | None = None
+    left: Tensor | None = None
 
     @classmethod
     def of(cls, arguments: Sequence[Tensor], residual_variance: Tensor) -> "NaturalLaws":
         """arguments: of the energy on natural images, (P,) for each unit. residual_variance (units, steps)."""
         atoms, width2 = (torch.stack(x) for x in zip(*(_smooth(a.double()) for a in arguments)))
-        kappa = torch.stack([_precisions(*x) for x in zip(atoms, width2, residual_variance.double())])
-        return cls(atoms, width2, kappa)
+        grid = torch.stack([_grid(*x) for x in zip(atoms, width2)])
+        left = torch.stack([_left_over(*x) for x in zip(atoms, width2, grid)])
+        return cls(atoms, width2, _precisions(left, grid, residual_variance.double()), grid, left)
 
-    def rows(self, which: Tensor, number: int, like: Tensor) -> Channel:
-        """Of rows of units `which` (B,), at step `number`."""
+    def rows(
+        self, which: Tensor, number: int, like: Tensor, variance: Tensor | None = None, own: Tensor | None = None
+    ) -> Channel:  # fmt: skip
+        """Of rows of units `which` (B,), at step `number`. variance (B,): the residual's of the rows `own` (B,) bool, whose it is and
+        not the step's; differentiable."""
         which = which.cpu()
-        return Channel(
-            *(x.to(like.device) for x in (self.atoms[which], self.width2[which], self.kappa[which, number]))
-        )
+        atoms, width2, kappa = self.atoms[which], self.width2[which], self.kappa[which, number]
+        if own is not None:
+            told = _precisions(self.left[which], self.grid[which], variance.double().cpu()[:, None])[:, 0]
+            kappa = torch.where(own.cpu(), told, kappa)
+        return Channel(*(x.to(like.device) for x in (atoms, width2, kappa)))
 
 
 def _smooth(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,10 +121,13 @@ def _smooth(a: Tensor) -> tuple[Tensor, Tensor]:
     return mean + (atoms - atoms.mean()) * scale, width**2
 
 
-def _precisions(atoms: Tensor, width2: Tensor, residual: Tensor) -> Tensor:
-    """kappa (steps,) at which the channel leaves these residual variances, on a logarithmic grid."""
-    variance = float(atoms.var(unbiased=False) + width2)
-    grid = torch.logspace(-3, 5, GRID, dtype=torch.float64) / variance
+def _grid(atoms: Tensor, width2: Tensor) -> Tensor:
+    """(GRID,): precisions, from the finest channel to the dullest."""
+    return torch.logspace(-3, 5, GRID, dtype=torch.float64).flip(0) / (atoms.var(unbiased=False) + width2)
+
+
+def _left_over(atoms: Tensor, width2: Tensor, grid: Tensor) -> Tensor:
+    """(GRID,): the variance that a channel of each precision of the grid leaves; increasing."""
     nodes, weights = _hermite(NODES)
     left = []
     for kappa in grid:
@@ -124,13 +136,19 @@ def _precisions(atoms: Tensor, width2: Tensor, residual: Tensor) -> Tensor:
         flat = lam.flatten()
         channel = Channel(atoms.expand(len(flat), -1), width2.expand(len(flat)), kappa.expand(len(flat)))
         left.append((channel.moments(flat)[1].unflatten(0, lam.shape) @ weights).mean())
-    left = torch.stack(left).flip(0).cummax(0).values  # increasing, from the finest channel to the dullest
-    at = torch.searchsorted(left, residual.clamp(left[0], left[-1]).contiguous()).clamp(1, GRID - 1)
-    low, high = left[at - 1], left[at]
+    return torch.stack(left).cummax(0).values
+
+
+def _precisions(left: Tensor, grid: Tensor, residual: Tensor) -> Tensor:
+    """kappa (units, K) at which a channel leaves these residual variances, between the points of left and grid (units, GRID), in
+    the logarithm of the latter."""
+    inside = residual.detach().clamp(left[:, :1], left[:, -1:])
+    at = torch.searchsorted(left.contiguous(), inside.contiguous()).clamp(1, GRID - 1)
+    low, high = left.gather(1, at - 1), left.gather(1, at)
     share = ((residual - low) / (high - low).clamp_min(1e-30)).clamp(0, 1)
-    log_grid = grid.log().flip(0)
-    kappa = (log_grid[at - 1] + share * (log_grid[at] - log_grid[at - 1])).exp()
-    return torch.where(residual >= left[-1], torch.zeros_like(kappa), kappa)
+    below, above = grid.log().gather(1, at - 1), grid.log().gather(1, at)
+    kappa = (below + share * (above - below)).exp()
+    return torch.where(residual >= left[:, -1:], torch.zeros_like(kappa), kappa)
 
 
 def _hermite(count: int) -> tuple[Tensor, Tensor]:

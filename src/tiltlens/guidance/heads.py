@@ -5,6 +5,9 @@ regressed, by ridge, on features phi(x_t) that the same forward of the denoiser 
 
     a(x_0) - c_t - rho_t u_t  =  w_t.phi(x_t) + o_t + residual,     log psi_t = log tilt of N(c_t + rho_t u_t + w_t.phi + o_t, r_t^2).
 
+What is left over is not equally wide everywhere. Asked for, a second head regresses the square of the cross-validated residual
+on the same features: r_t^2 (1 + v_t.phi + q_t), within a factor of 4 of r_t^2.
+
 phi is standardised step by step and rows are pooled with two steps on either side. The penalty is chosen by
 cross-validation over trajectories, and a step whose residual does not fall by it has no head: w_t = 0.
 """
@@ -19,6 +22,7 @@ FOLDS = 4
 PENALTIES = torch.logspace(-2, 2, 9, dtype=torch.float64)  # in units of the number of rows
 PAYS = 0.01  # the share of the residual variance that a head must take
 KEPT_ABOVE = 2.0  # standard errors of that share
+WIDEST = 4.0  # times r_t^2, or a part of it: a line knows no bounds
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,17 @@ class Heads:
             self.weight * along, self.offset * keep, self.gain * keep,
             self.fold_weight * along, self.fold_offset * keep,
         )  # fmt: skip
+
+
+def fit_spread(features: Tensor, residual: Tensor, fold: Tensor, heads: Heads | None) -> Heads:
+    """The heads of the residual's square, in units of its mean and less 1; arguments as of `fit_heads`. heads: of the mean, those of
+    a fold for its trajectories."""
+    left = residual.double()
+    if heads is not None:
+        told = torch.einsum("tpf,putf->utp", features.double(), heads.fold_weight[fold])
+        left = left - told - heads.fold_offset[fold].permute(1, 2, 0)
+    square = left.square()
+    return fit_heads(features, square / square.mean(2, keepdim=True).clamp_min(1e-30) - 1, fold)
 
 
 def fold_of(trajectories: int) -> Tensor:

@@ -35,6 +35,7 @@ from tiltlens.guidance.guidance import (
     per_row,
     redrawn,
 )
+from tiltlens.guidance.heads import WIDEST
 from tiltlens.guidance.learning import BLOCKS, Found, Multipliers, hats
 
 LEAST_PILOT = 32
@@ -44,7 +45,8 @@ KINDS = ("default", "multipliers", "head")
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the pilot taught of one unit; tensors alone, float64. theta (knots, C), knots (knots,), kappa (blocks,), found
+    """What the pilot taught of one unit; tensors alone, float64. wide (steps, F), wide_offset (steps,): the second head, of the
+    residual's variance, zero where there is none. theta (knots, C), knots (knots,), kappa (blocks,), found
     (kinds, 4): see `tiltlens.guidance.learning`, NaN where there is no head; kind (): which was taken. weight (steps, F), offset, gain
     (steps,): of the head, zero where it is not used. trajectories (2,): of the pilot, and those among them that were run again."""
 
@@ -57,14 +59,21 @@ class Lesson:
     offset: Tensor
     gain: Tensor
     trajectories: Tensor
+    wide: Tensor
+    wide_offset: Tensor
 
     @classmethod
-    def of(cls, m: Multipliers, weight: Tensor, offset: Tensor, gain: Tensor, pilot: int, shadows: int) -> "Lesson":  # fmt: skip
+    def of(
+        cls, m: Multipliers, weight: Tensor, offset: Tensor, gain: Tensor, pilot: int, shadows: int, wide: Tensor,
+        wide_offset: Tensor,
+    ) -> "Lesson":  # fmt: skip
         used = 1.0 if m.kind == "head" else 0.0
         nothing = Found(*[float("nan")] * 4)
         found = torch.tensor([m.found.get(k, nothing) for k in KINDS], dtype=torch.float64)
         kind, count = torch.tensor(KINDS.index(m.kind)), torch.tensor([pilot, shadows])
-        return cls(m.theta, m.knots, m.kappa, found, kind, used * weight, used * offset, used * gain, count)
+        return cls(
+            m.theta, m.knots, m.kappa, found, kind, used * weight, used * offset, used * gain, count, wide, wide_offset
+        )  # fmt: skip
 
     @classmethod
     def default(cls, steps: int, columns: int) -> "Lesson":
@@ -74,9 +83,8 @@ class Lesson:
         theta[:, 0] = 1.0
         found = torch.full((len(KINDS), 4), float("nan"), dtype=torch.float64)
         nothing = torch.zeros(len(BLOCKS), dtype=torch.float64), found, torch.tensor(0)
-        return cls(
-            theta, zero[:1], *nothing, torch.zeros(steps, 0).double(), zero, zero, torch.tensor([0, 0])
-        )
+        none = torch.zeros(steps, 0).double()
+        return cls(theta, zero[:1], *nothing, none, zero, zero, torch.tensor([0, 0]), none, zero)
 
     def save(self, path: Path) -> None:
         temporary = path.with_suffix(".tmp")
@@ -98,7 +106,7 @@ class Lesson:
         out["kappa"] = dict(zip(BLOCKS, self.kappa.tolist()))
         return out | {
             "theta": self.theta.tolist(), "knots": self.knots.tolist(),
-            "headed_steps": int((self.gain > 0).sum()), "head_gain": float(self.gain.max()) if len(self.gain) else 0.0,
+            "headed_steps": int((self.gain > 0).sum()), "spread_steps": int((self.wide != 0).any(1).sum()), "head_gain": float(self.gain.max()) if len(self.gain) else 0.0,
         }  # fmt: skip
 
 
@@ -106,7 +114,8 @@ class Learned(Calibrated):
     """`Calibrated`, learned on the pilot. memory, smoothing, redraws: of the default that learning starts from, and keeps
     where the pilot cannot tell better; of a list of smoothings the first is the default's, and each of the others one more
     candidate (and one more backward pass of the encoder a step). shadows: pilot trajectories that are run again; more than there are means all.
-    head: learn the head on the denoiser's features too. law, finite: as of Calibrated; the natural law by default, and Tweedie's
+    head: learn the head on the denoiser's features too. spread: and one for the variance of what is left over; the shift has its
+    gradient, and target and threshold energies its value. law, finite: as of Calibrated; the natural law by default, and Tweedie's
     shifts, for multipliers are fitted to the steps as they are. Needs a pilot of at least 32 trajectories and noise (eta > 0).
 
     Candidates: the default, then the same gradient with the time constants 0 (the step alone), 2 and 6 of memory, with
@@ -117,7 +126,7 @@ class Learned(Calibrated):
 
     def __init__(
         self, memory: float = 2.0, smoothing: int | list[int] = 2, redraws: int = 0, shadows: int = 128, head: bool = True,
-        law: str = "natural", finite: bool = False, profile: Any = None,
+        spread: bool = False, law: str = "natural", finite: bool = False, profile: Any = None,
     ):  # fmt: skip
         views = list(smoothing) if isinstance(smoothing, (list, tuple)) else [smoothing]
         if not views or len(set(views)) < len(views) or not all(1 <= k <= len(VIEWS) for k in views):
@@ -126,12 +135,12 @@ class Learned(Calibrated):
         self.smoothing, self._views = smoothing, views
         if shadows < LEAST_PILOT:
             raise ValueError(f"Learned: shadows must be at least {LEAST_PILOT}, found {shadows}")
-        self.shadows, self.head = shadows, head
+        self.shadows, self.head, self.spread = shadows, head, spread
         self._lessons: list[Lesson] = []
 
     @property
     def reads_features(self) -> bool:
-        return self.head
+        return self.head or self.spread
 
     @property
     def candidates(self) -> list[tuple[int, float]]:
@@ -170,10 +179,10 @@ class Learned(Calibrated):
         self._multipliers = torch.stack(
             [hats(log_snr, s.knots) @ s.theta for s in lessons]
         )  # (units, steps, C)
-        width = max(s.weight.shape[1] for s in lessons)
-        pad = lambda s: torch.nn.functional.pad(s.weight, (0, width - s.weight.shape[1]))  # noqa: E731
-        self._weight = torch.stack([pad(s) for s in lessons])
-        self._offset = torch.stack([s.offset for s in lessons])
+        width = max(w.shape[1] for s in lessons for w in (s.weight, s.wide))
+        pad = lambda w: torch.nn.functional.pad(w, (0, width - w.shape[1]))  # noqa: E731
+        self._weight, self._wide = (torch.stack([pad(w) for w in ws]) for ws in ([s.weight for s in lessons], [s.wide for s in lessons]))  # fmt: skip
+        self._offset, self._wide_offset = (torch.stack(x) for x in ([s.offset for s in lessons], [s.wide_offset for s in lessons]))  # fmt: skip
         self._residual = self._tables.residual_variance * (1 - torch.stack([s.gain for s in lessons]))
         if self._natural is not None:
             self._natural = NaturalLaws.of(self._known, self._residual)
@@ -187,32 +196,39 @@ class Learned(Calibrated):
         return Memory(x_t.new_zeros(*shape, *x_t.shape[1:]), x_t.new_zeros(shape))
 
     def reads(self, step: Step, rows: RowConstraint) -> Tensor:
-        seen = (self._row(self._tables.slope, step, rows) != 0) | self._headed(step, rows)
+        seen = (self._row(self._tables.slope, step, rows) != 0) | self._headed(self._weight, step, rows)
         return Guidance.reads(self, step, rows) & seen
 
-    def _headed(self, step: Step, rows: RowConstraint) -> Tensor:
-        """(B,) bool."""
-        which = rows.which.cpu()
-        return (self._weight[which, step.number] != 0).any(1).to(rows.strength.device)
+    def _headed(self, weight: Tensor, step: Step, rows: RowConstraint) -> Tensor:
+        """(B,) bool: whether a row has a head of these weights (units, steps, F)."""
+        return (weight[rows.which.cpu(), step.number] != 0).any(1).to(rows.strength.device)
 
     def twist(self, denoiser: Denoiser, x_t: Tensor, step: Step, rows: RowConstraint, memory: Memory):
-        leaf, headed = x_t.detach().clone().requires_grad_(), bool(self._headed(step, rows).any())
+        leaf = x_t.detach().clone().requires_grad_()
+        own = self._headed(self._wide, step, rows)  # rows whose variance is not the step's
+        headed, spread = bool(self._headed(self._weight, step, rows).any()), bool(own.any())
         slope, mean, variance = (
             self._row(table, step, rows)
             for table in (self._tables.slope, self._tables.intercept, self._residual)
         )
-        if headed:
+        if headed or spread:
             x0_hat, phi = clean_and_features(denoiser, leaf, step.t, step.clip)
             weight = self._row(self._weight, step, rows).to(phi)
             mean = mean + self._row(self._offset, step, rows) + (weight * phi.detach()).sum(1).to(mean)
+            wide = self._row(self._wide, step, rows).to(phi)
+            times = 1 + self._row(self._wide_offset, step, rows) + (wide * phi.detach()).sum(1).to(mean)
+            inside = (times > 1 / WIDEST) & (times < WIDEST)
+            wide = per_row(inside * variance, wide) * wide
+            variance = variance * times.clamp(1 / WIDEST, WIDEST)
         else:
             x0_hat = clean_estimate(denoiser, leaf, step.t, step.clip)
         clean, step = self.leaf(denoiser, x_t, x0_hat, step)
         read = bool((slope != 0).any())  # where a head alone can tell, the encoder need not run
         u = self.read(clean, step, rows) if read else [torch.zeros_like(slope)]
         mean = (mean + slope * u[0].detach()).detach().requires_grad_()
-        log_psi = self.log_psi(mean, variance, step, rows)
-        (force,) = torch.autograd.grad(log_psi.sum(), mean)
+        variance = variance.detach().requires_grad_(spread)
+        log_psi = self.log_psi(mean, variance, step, rows, own if spread else None)
+        force, *widening = torch.autograd.grad(log_psi.sum(), [mean, variance] if spread else [mean])
         fed, present = self._forces(force)
         shares = self._row(self._multipliers, step, rows)
         cotangent = torch.zeros_like(clean)
@@ -222,13 +238,15 @@ class Learned(Calibrated):
                 cotangent = cotangent + per_row(present * slope * shares[:, k], h) * h
         pull = partial(torch.autograd.grad, inputs=leaf)
         clean_part, head_part = cotangent.to(x0_hat.dtype), None
-        if headed:
+        if headed or spread:
             head_part = per_row(force * shares[:, -1], weight) * weight
+            for more in widening:
+                head_part = head_part + per_row(more, wide) * wide
         if self.finite and read:
-            (g,) = pull(x0_hat, grad_outputs=clean_part, retain_graph=headed)
+            (g,) = pull(x0_hat, grad_outputs=clean_part, retain_graph=headed or spread)
             g = per_row(finite_step(cotangent, g, step), g) * g
-            g = g + pull(phi, grad_outputs=head_part)[0] if headed else g
-        elif headed:
+            g = g + pull(phi, grad_outputs=head_part)[0] if headed or spread else g
+        elif headed or spread:
             (g,) = pull([x0_hat, phi], grad_outputs=[clean_part, head_part])
         else:
             (g,) = pull(x0_hat, grad_outputs=clean_part)

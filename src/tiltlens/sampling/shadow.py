@@ -21,7 +21,7 @@ from tiltlens.guidance.guidance import (
     finite_step,
     per_row,
 )
-from tiltlens.guidance.heads import FOLDS, Heads, fit_heads, fold_of
+from tiltlens.guidance.heads import FOLDS, Heads, fit_heads, fit_spread, fold_of
 from tiltlens.guidance.learned import Learned, Lesson
 from tiltlens.guidance.learning import Shadows, settle
 from tiltlens.sampling.chain import Chain
@@ -46,7 +46,7 @@ def learn(
     read = [
         arguments(p, u, n, standardise) for p, u, n in zip(pilots, constraint.bank.units, constraint.naturals)
     ]
-    heads = heads_of(guidance, chain, tables, pilots, read) if guidance.head else None
+    heads, wide = heads_of(guidance, chain, tables, pilots, read) if guidance.reads_features else (None, None)
     several = min(guidance.shadows, count)
     total = len(pilots) * len(_batches(chain, several)) * (len(chain) - 1)
     lessons, done = [], 0
@@ -60,29 +60,34 @@ def learn(
 
         seen = cast(guidance, chain, constraint, tables, unit, heads, several, device, dtype, tick)
         a = a[torch.isfinite(a)]
-        lessons.append(lesson(seen, tables, unit, heads, float(a.var()), count))
+        lessons.append(lesson(seen, tables, unit, heads, float(a.var()), count, wide))
     return lessons
 
 
 def lesson(
-    seen: Shadows, tables: PilotTables, unit: int, heads: Heads | None, variance: float, pilot: int
-) -> Lesson:
+    seen: Shadows, tables: PilotTables, unit: int, heads: Heads | None, variance: float, pilot: int,
+    wide: Heads | None = None,
+) -> Lesson:  # fmt: skip
     """What shadows of a unit teach. variance: Var a of the pilot; pilot: its trajectories."""
     steps = len(tables.log_snr)
-    whole = torch.zeros(steps, 0), torch.zeros(steps), torch.zeros(steps)
-    if heads is not None:
+
+    def of(heads: Heads | None) -> tuple[Tensor, ...]:
+        if heads is None:
+            return torch.zeros(steps, 0).double(), torch.zeros(steps).double(), torch.zeros(steps).double()
         pad = lambda x: torch.cat([x, x.new_zeros(1, *x.shape[1:])])  # noqa: E731  the last step has no head
-        whole = pad(heads.weight[unit]), pad(heads.offset[unit]), pad(heads.gain[unit])
-    whole = tuple(x.double() for x in whole)
+        return tuple(pad(x[unit]).double() for x in (heads.weight, heads.offset, heads.gain))
+
+    whole = of(heads)
     m = settle(seen, tables.slope[unit], tables.intercept[unit], tables.log_snr, whole[2] > 0, variance)
-    return Lesson.of(m, *whole, pilot, seen.d.shape[1])
+    return Lesson.of(m, *whole, pilot, seen.d.shape[1], *of(wide)[:2])
 
 
 def heads_of(
     guidance: Learned, chain: Chain, tables: PilotTables, pilots: Sequence[UnitPilot],
     read: Sequence[tuple[Tensor, Tensor]],
-) -> Heads | None:  # fmt: skip
-    """The heads of all units, for they share their features; None where the denoiser has none."""
+) -> tuple[Heads | None, Heads | None]:  # fmt: skip
+    """The heads of all units, for they share their features, and those of the variance that they leave; None where there are none,
+    or none are asked for."""
     phi = pilots[0].features
     if phi is None:
         raise ValueError(
@@ -90,7 +95,7 @@ def heads_of(
             "Sampler that holds this guidance, or take head = False"
         )
     if phi.shape[2] == 0:
-        return None
+        return None, None
     last = len(chain) - 1
     phi = phi[:last]
     residual = torch.stack([
@@ -98,15 +103,18 @@ def heads_of(
     ])  # fmt: skip
     good = torch.isfinite(residual).all(0).all(0) & torch.isfinite(phi).all(2).all(0)
     if int(good.sum()) < FOLDS * 2:
-        return None
+        return None, None
     where = torch.nonzero(good)[:, 0]
-    found = fit_heads(phi[:, where], residual[:, :, where], fold_of(len(good))[where])
+    told = phi[:, where], residual[:, :, where], fold_of(len(good))[where]
+    heads = fit_heads(*told) if guidance.head else None
+    wide = fit_spread(*told, heads) if guidance.spread else None
     schedule = chain.denoiser.schedule
     off = [
         not schedule.alpha[t] > 1e-6 or guidance.weight(Step(n, t, schedule, chain.clip, None)) == 0
         for n, t in enumerate(chain.indices[:last])
     ]
-    return found.without(torch.tensor(off, dtype=torch.bool))
+    off = torch.tensor(off, dtype=torch.bool)
+    return tuple(None if x is None else x.without(off) for x in (heads, wide))
 
 
 def cast(
