@@ -147,25 +147,31 @@ def test_particles_may_change_places_at_every_step(threshold, monkeypatch):
     assert 0.8 < se / plain[1] < 1.25, (se, plain[1])
 
 
-@pytest.mark.parametrize("dimension", [1, 2, 16])
-@pytest.mark.parametrize("name", ["exact", "calibrated"])
-def test_closed_forms_of_the_mixture(name, dimension):
+@pytest.mark.parametrize(
+    ("name", "dimension", "energy"),
+    [
+        *((name, d, LINEAR) for name in ("exact", "calibrated") for d in (1, 2, 16)),
+        *((name, d, TARGET) for name, d in (("exact", 64), ("calibrated", 64), ("natural", 8))),
+    ],
+)
+def test_closed_forms_of_the_mixture(name, dimension, energy):
     """log Z and mean energy within 4 standard errors over groups (and half a per cent of a chain of 40 steps)."""
     generator = torch.Generator().manual_seed(dimension)
     means = torch.randn(3, dimension, generator=generator, dtype=torch.float64) / dimension**0.5
     prior = GaussianMixture([0.5, 0.3, 0.2], means.tolist(), [0.4, 0.3, 0.6], points=200)
     w = torch.randn(dimension, generator=generator, dtype=torch.float64)
     w = (w / w.norm()).tolist()
-    made = sampler(name, Particles(16), LINEAR, prior, (w,), steps=40)
+    made = sampler(name, Particles(16), energy, prior, (w,), steps=40)
+    level = float(made.constraint.level[0])
     found = made.sample(rows(16, 48, 1.5))
     z = log_z_hat(found, 16).exp()
-    truth = float(prior.log_z(w, 1.5).exp())
+    truth = float(prior.log_z(w, 1.5, energy, level).exp())
     error, se = float(z.mean()) / truth - 1, float(z.std()) / truth / 48**0.5
     assert abs(error) < 4 * se + 0.005, f"Z off by {error:.3f}, standard error {se:.3f}"
-    energy = (found.weight * found.energy).reshape(-1, 16).sum(1)
-    mean = float((z * energy).sum() / z.sum())
-    se = float((z * (energy - mean)).std() / z.mean()) / 48**0.5
-    exact = prior.mean_energy(w, 1.5)
+    mine = (found.weight * found.energy).reshape(-1, 16).sum(1)
+    mean = float((z * mine).sum() / z.sum())
+    se = float((z * (mine - mean)).std() / z.mean()) / 48**0.5
+    exact = prior.mean_energy(w, 1.5, energy, level)
     assert abs(mean - exact) < 4 * se + 0.01, (
         f"mean energy {mean:.3f} +- {se:.3f}, {exact:.3f} in closed form"
     )
