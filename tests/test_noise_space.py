@@ -7,11 +7,15 @@ import pytest
 import torch
 from chain_oracle import law_of, law_without_noise
 from prior_folders import write_pixel
+from test_wandb_curve import Offline
 
 from tiltlens.api import tilt
 from tiltlens.energies import Linear, Target, Threshold
 from tiltlens.guidance import DPS
+from tiltlens.modules.reweight import reweight_run
+from tiltlens.modules.sampling_cli import main
 from tiltlens.priors import GaussianMixture, load_prior
+from tiltlens.run_folder import RunFolder
 from tiltlens.sampling import NoiseSpace
 from tiltlens.sampling.autocorrelation import autocorrelation_time
 from tiltlens.sampling.chain_sampler import Parts
@@ -339,6 +343,41 @@ def test_a_run_folder_holds_weights_and_diagnostics(tmp_path, eta):
     assert not any("eta = 0" in w for w in found.warnings)
     (told,) = found.folder.read_manifest()["diagnostics"]
     assert (told["unit"], told["strength"], told["n"]) == (unit.name, 1.0, 32)
+    again = reweight_run(tmp_path, [1.0])["rows"][0]
+    assert (again["kl"], again["log_z"]) == (row["kl"], row["log_z"])
+
+
+def test_a_walk_on_wandb_has_its_ladder_and_what_its_moves_are_worth(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sample.py"])
+    main([
+        "--config=configs/sample/analytic.yaml", "--model.sampler=NoiseSpace", "--model.sampler.init_args.levels=4",
+        "--model.guidance=DPS", "--model.steps=6", "--model.pilot=16", "--data.n=16", "--data.strengths=[0,1]",
+        "--trainer.accelerator=cpu", f"--out={tmp_path}",
+    ])  # fmt: skip
+    (told,) = RunFolder(tmp_path).read_manifest()["diagnostics"]
+    run = Offline(tmp_path)
+    (x,) = [name for name in run.metrics if "/ladder/" in name]
+    prefix, at = x.split("/ladder/")
+    for name in ("acceptance", "beta"):
+        assert run.metrics[f"{prefix}/{name}/{at}"] == x
+        assert [h[f"{prefix}/{name}/{at}"] for h in run.history if x in h] == pytest.approx(told[name])
+    assert [h[x] for h in run.history if x in h] == pytest.approx(told["ladder"])
+    for name in ("autocorrelation", "effective"):
+        assert run.summary[f"{prefix}/{name}/{at}"] == pytest.approx(told[name])
+
+
+class Raised(Target):
+    """E + 7."""
+
+    def __call__(self, z, level=0.0):
+        return super().__call__(z, level) + 7
+
+
+def test_a_constant_in_the_energy_moves_log_w_alone():
+    plain, raised = (made(kind(1.5, 0.6, False)).sample(rows(16, 1.5)) for kind in (Target, Raised))
+    assert torch.equal(raised.images, plain.images)
+    torch.testing.assert_close(raised.log_w, plain.log_w - 7 * 1.5, atol=1e-9, rtol=0)
+    torch.testing.assert_close(raised.path_kl, plain.path_kl, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.5, 0.9])
