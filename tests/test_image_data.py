@@ -5,11 +5,13 @@ import io
 import struct
 import tarfile
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image, ImageOps
 from torchvision import datasets
 
@@ -24,6 +26,7 @@ from tiltlens.modules.image_sources import open_source
 from tiltlens.modules.training_cli import TrainingCLI
 
 SIZE = 8
+CONFIGS = Path(__file__).parents[1] / "configs" / "train"
 
 
 def pixels(k: int, side: int = SIZE) -> np.ndarray:
@@ -130,6 +133,21 @@ def test_held_out_by_hash(data, folder):
     assert len(names(data(val_n=5))[0] & held) >= 4
     with pytest.raises(UserError, match=r"val_n = 25 of 25 images"):
         data(val_n=25)
+
+
+@pytest.mark.parametrize("name", ["prior-finetune", "prior-lora", "prior-latent"])
+def test_a_small_folder_of_one_s_own_is_trained_on(data, name):
+    """The fine-tuning configs hold out a twentieth of 600 images, and of many no more than their val_n; who asks for
+    100 has 100."""
+    asked = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["data"] | {"size": SIZE}
+
+    def sizes(n, **more):
+        made = data(**asked | {"train": f"FakeData?size={n}"} | more)
+        return len(made.train_set[1]), len(made.val_set[1])
+
+    assert sizes(600) == (570, 30)
+    assert sizes(100, val_n=4) == (96, 4)
+    assert sizes(300, val_n=100, val_share=None) == (200, 100)
 
 
 @pytest.mark.parametrize("crop", ["centre", "random"])

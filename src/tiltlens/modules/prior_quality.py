@@ -51,7 +51,8 @@ class PriorQuality(Callback):
         sets = {k: getattr(trainer.datamodule, k, None) for k in ("train_set", "val_set")}
         if any(found is None or len(found[1]) < 3 for found in sets.values()):
             raise UserError(
-                "PriorQuality: expected ImageFolderData with 3 images for training and 3 held out"
+                "PriorQuality: expected ImageFolderData with 3 images for training and 3 held out: add images, raise "
+                "data.val_share or set data.val"
             )
         self._sets = {k: found[0] for k, found in sets.items()}
         held_out = len(self._sets["val_set"])
