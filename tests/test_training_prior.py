@@ -124,6 +124,12 @@ def test_dropout_is_named_by_the_batch(tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_a_grey_prior_to_begin_with_is_named(tmp_path):
+    write_pixel(tmp_path, ddpm(), in_channels=1, out_channels=1)
+    with pytest.raises(UserError, match=r"model.init_from .*found 1: begin with another prior"):
+        PriorModule(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -139,6 +145,10 @@ def test_dropout_is_named_by_the_batch(tmp_path):
             "SchedulerMixin of diffusers",
         ),
         ({"init_from": None, "network": {**TINY, "in_channels": 1, "out_channels": 1}}, "in_channels = 3"),
+        (
+            {"init_from": None, "network": {k: v for k, v in TINY.items() if k != "sample_size"}},
+            "square sample_size",
+        ),
         ({"init_from": "bundeld"}, "Did you mean 'bundled'"),
     ],
 )
