@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from tiltlens.errors import UserError
 from tiltlens.modules.ema import WarmEMA
+from tiltlens.modules.image_data import ImageFolderData
 from tiltlens.modules.latents import LatentCache
 from tiltlens.modules.prior_module import LoRA, PriorModule
 from tiltlens.modules.prior_pipeline import begin
@@ -168,6 +169,14 @@ def test_data_of_another_size_is_refused(tmp_path):
     write_pixel(Path(tmp_path), ddpm())
     with pytest.raises(ValueError, match=r"data\.size = 16: the prior's images have 8 pixels"):
         Trainer(**TRAINER).fit(PriorModule(str(tmp_path)), Small())
+
+
+def test_random_crops_would_fill_the_cache_of_latents(tmp_path):
+    write_dit(tmp_path / "start", kind="kl")
+    module = PriorModule(str(tmp_path / "start"), latent_cache=tmp_path)
+    module.check_data(ImageFolderData("FakeData", size=8))
+    with pytest.raises(UserError, match=r"crop = random .* set data.crop to centre"):
+        module.check_data(ImageFolderData("FakeData", size=8, crop="random"))
 
 
 ATTENTIVE = {

@@ -128,12 +128,17 @@ class PriorModule(LightningModule):
         self.check_data(self.trainer.datamodule)
 
     def check_data(self, data: Any) -> None:
-        """Raises UserError for images of another size."""
+        """Raises UserError for images of another size, and for random crops where latents are kept."""
         size = getattr(data, "size", None)
         expected = self.side * (self.latents.codec.factor if self.latents else 1)
         if size not in (None, expected):
             raise UserError(
                 f"data.size = {size}: the prior's images have {expected} pixels a side; set data.size to it"
+            )
+        if self.latents and getattr(data, "crop", None) == "random":
+            raise UserError(
+                "data.crop = random with a prior of latents: every crop is a new image, whose latents would be encoded and "
+                "kept on disk for one use; set data.crop to centre"
             )
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
