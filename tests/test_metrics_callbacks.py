@@ -100,9 +100,12 @@ def test_quality_is_that_of_the_export(tmp_path):
     told = run.artifacts[f"{tmp_path.name}-prior"]
     assert told["config"]["model"] == asked["model"]
     assert {k: told["metrics"][k] for k in logged} == pytest.approx(logged, rel=1e-4, abs=1e-6)
-    # gone on with under another rate, the run says the new one
+    # gone on with under another rate, the run says the new one; it ends between two validations, and yet with figures
     TrainingCLI([*args, "--trainer.max_steps=5", "--model.learning_rate=1e-3", "--ckpt_path=last"])
-    assert Offline(tmp_path, -1).config["model"]["init_args"]["learning_rate"] == 1e-3
+    run = Offline(tmp_path, -1)
+    assert run.config["model"]["init_args"]["learning_rate"] == 1e-3
+    assert len([h for h in run.history if "quality/kid_n10" in h and "val_loss" in h]) == 1
+    assert (tmp_path / "grids" / "step-000005.png").is_file()
 
 
 def test_a_latent_prior_is_drawn_through_its_decoder(tmp_path):

@@ -28,6 +28,7 @@ from tiltlens.modules.checkpoints import CheckResumed, StepCheckpoint, WholeChec
 from tiltlens.modules.command_line import CommandLine, check_devices
 from tiltlens.modules.encoder_module import EncoderModule
 from tiltlens.modules.image_data import ImageFolderData
+from tiltlens.modules.last_validation import LastValidation
 from tiltlens.modules.noise_aware_module import NoiseAwareModule
 from tiltlens.modules.prior_module import PriorModule
 from tiltlens.modules.sae_module import SparseAutoencoderModule
@@ -104,7 +105,13 @@ class TrainingCLI(CommandLine):
         check_devices(config["devices"])
         check_gradients(config["gradient_clip_val"], config["accumulate_grad_batches"])
         resumed = CheckResumed(self._get(self.config, "ckpt_path"))
-        config["callbacks"] = [*(config["callbacks"] or []), resumed, StepMonitor(), *checkpoints]
+        config["callbacks"] = [
+            *(config["callbacks"] or []),
+            resumed,
+            StepMonitor(),
+            LastValidation(),
+            *checkpoints,
+        ]
         config["default_root_dir"] = out
         strategy = str(config["strategy"]).lower().replace("_", "")  # a name, or an object
         if not any(name in strategy for name in ("fsdp", "deepspeed")):  # these have checkpoints of their own
