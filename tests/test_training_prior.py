@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from lightning import LightningDataModule, Trainer
 from prior_folders import ddpm, edm, flow, write_dit, write_ldm, write_pixel, write_text
@@ -18,6 +19,7 @@ from tiltlens.modules.latents import LatentCache
 from tiltlens.modules.prior_module import LoRA, PriorModule
 from tiltlens.modules.prior_pipeline import begin
 from tiltlens.priors import load_prior
+from tiltlens.priors.folder import find_folder
 from tiltlens.priors.latent import Codec
 
 TRAINER = {
@@ -172,6 +174,14 @@ def test_the_held_out_error_by_log_snr_is_the_posterior_variance_of_a_gaussian(s
     for name, (mean, _) in means.items():
         assert found[f"val_x0_error/{name}"] == pytest.approx(float(mean), rel=0.02), name
     assert found["val_loss"] == pytest.approx(float((log_snr.exp().clamp(max=5) * variance).mean()), rel=0.02)
+
+
+def test_the_shipped_latent_config_asks_no_hub():
+    """Where its folder is not, it says so: a name owner/name would be a stranger's repository."""
+    config = Path(__file__).parents[1] / "configs" / "train" / "prior-latent.yaml"
+    name = yaml.safe_load(config.read_text())["model"]["init_args"]["init_from"]
+    with pytest.raises(UserError, match="found no such folder"):
+        find_folder(name)
 
 
 def test_half_of_the_images_are_mirrored_by_the_batch_s_seed_unless_it_is_off(tmp_path):
