@@ -31,7 +31,7 @@ class ImageFolderData(LightningDataModule):
     stays on its side when others come and go: val_n of them, or the share val_share (by default 0.05), or, where
     both are given, the smaller number of the two.
 
-    size: pixels of a side. resize: of the shorter side before the crop, by default size. crop: centre, or
+    size: pixels of a side. resize: of the shorter side before the crop, by default size; no image is enlarged. crop: centre, or
     random in training. Mirroring is the modules' (`model.flip`). val_n beside val: at most so many of its images,
     drawn once by `seed`; None for all.
 
@@ -98,7 +98,10 @@ class ImageFolderData(LightningDataModule):
             if source.fingerprint == trained:  # a folder, or a set that has no part of its own to hold out
                 rank_zero_warn(f"data.val is data.train, {self.val}: nothing is held out")
             self._check_labels("data.val", self.val, source)
-            if source.class_names != self.class_names and self._learns_classes():
+            both = sorted((self.class_names, source.class_names), key=len)
+            if numbered(both[1]) and both[1][: len(both[0])] == both[0]:
+                self.class_names = both[1]  # a source of numbers alone knows no class above those it holds
+            elif both[0] != both[1] and self._learns_classes():
                 raise UserError(
                     f"data.val {self.val} has classes {source.class_names}; expected those of data.train, "
                     f"{self.class_names}"
@@ -115,7 +118,7 @@ class ImageFolderData(LightningDataModule):
         if missing and self._learns_classes():
             raise UserError(
                 f"{what} {text} has {missing} images without a class, and {type(module).__name__} learns "
-                "classes: expected FOLDER/CLASS/*.jpg, or .cls files in the shards"
+                "classes: expected FOLDER/CLASS/*.jpg, .cls files in the shards, or hf:NAME?label=COLUMN"
             )
 
     def _learns_classes(self) -> bool:
@@ -164,6 +167,11 @@ class ImageFolderData(LightningDataModule):
 
     def val_dataloader(self) -> BatchStream:
         return BatchStream(*self.val_set, self.batch_size, self.seed, shuffle=False)
+
+
+def numbered(names: list[str]) -> bool:
+    """Whether the classes' names are their numbers, 0, 1, ..."""
+    return names == [str(k) for k in range(len(names))]
 
 
 def default_cache() -> Path:
