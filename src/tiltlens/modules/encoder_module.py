@@ -107,8 +107,8 @@ class EncoderModule(LightningModule):
             self.network.eval()(weight.new_zeros(1, 3, size, size))
         except (RuntimeError, AssertionError, ValueError) as error:
             raise UserError(
-                f"{type(self.network).__name__} does not take images of data.size = {size} pixels with 3 channels ({error}): "
-                "set data.size to what it takes, or its img_size, patch_size and in_chans in model.model_args"
+                f"{type(self.network).__name__} does not take images of data.size = {size} pixels with 3 channels "
+                f"({error}): set data.size to what it takes, or its img_size, patch_size and in_chans in model.model_args"
             ) from error
         finally:
             self.network.train(training)

@@ -31,9 +31,9 @@ class ImageFolderData(LightningDataModule):
     stays on its side when others come and go: val_n of them, or the share val_share (by default 0.05), or, where
     both are given, the smaller number of the two.
 
-    size: pixels of a side. resize: of the shorter side before the crop, by default size; no image is enlarged. crop: centre, or
-    random in training. Mirroring is the modules' (`model.flip`). val_n beside val: at most so many of its images,
-    drawn once by `seed`; None for all.
+    size: pixels of a side. resize: of the shorter side before the crop, by default size; no image is enlarged.
+    crop: centre, or random in training. Mirroring is the modules' (`model.flip`). val_n beside val: at most so many
+    of its images, drawn once by `seed`; None for all.
 
     broken_share: of unreadable or too small images that is left out; each is named in OUT/broken_images.txt.
     cache: a folder for decoded images, by default $XDG_CACHE_HOME/tiltlens. A set of up to 2 GiB, 3 size^2

@@ -21,8 +21,8 @@ class PriorQuality(Callback):
     encoder: whose features, a name as in a unit's address. n: samples, held-out and training images compared; fewer
     where the data has fewer, and N says how many. neighbours: training images among which copies are looked for.
     steps, eta, seed: of the samples. With the averaged weights, before the first step and then at the first
-    validation that is every_n_steps steps later; always at the end of training and by `train.py validate`. In float32, whatever training's
-    precision, as the exported prior is sampled. Several devices share the samples.
+    validation that is every_n_steps steps later; always at the end of training and by `train.py validate`. In
+    float32, whatever training's precision, as the exported prior is sampled. Several devices share the samples.
 
     Raises UserError for a module that is no prior, an unknown encoder, data of fewer than 3 images.
     """
