@@ -4,8 +4,8 @@
 
 FOLDER: photographs, larger than 32 pixels. 32-pixel crops of them, 8 of each, drawn at random, are the domain; every
 eighth photograph is held out, with all its crops. `train.py fit` runs twice, with configs/train/prior-lora.yaml and
-prior-finetune.yaml and the settings of TRAININGS; samples of each export, and of the bundled prior, are then held against
-the held-out crops in the features of the bundled encoder. floor: as many training crops in place of samples. gain: the
+prior-finetune.yaml at the rank and rates of TRAININGS, higher than theirs, for a run this short; samples of each
+export, and of the bundled prior, are then held against the held-out crops in the features of the bundled encoder. floor: as many training crops in place of samples. gain: the
 share of full fine-tuning's gain. +- is one standard error over images; the spread between trainings is not in it.
 Crops, trainings and run folders lie in --out: the same call goes on where it was stopped.
 """

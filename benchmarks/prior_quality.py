@@ -1,6 +1,7 @@
 """How good a prior is, by the figures that a card should state.
 
     python benchmarks/prior_quality.py --prior bundled|DIR|owner/name --data HELD_OUT [--train TRAIN] [--n 1000]
+    python benchmarks/prior_quality.py --prior bundled|DIR|owner/name --grid FILE.png      a picture alone, no data
 
 HELD_OUT, TRAIN: sources as data.val and data.train of train.py: folders, CIFAR10, tar:SHARDS. In the features of a
 named encoder, each next to what as many training images have against the same held-out ones (the floor): the kernel
@@ -28,6 +29,7 @@ from tiltlens.modules.image_data import read_images, to_unit_range
 from tiltlens.priors import DiffusersPrior, load_prior
 
 READ = 64
+GRID = 64
 
 
 def drawn(text: str, size: int, n: int, held_out: bool) -> torch.Tensor:
@@ -35,6 +37,13 @@ def drawn(text: str, size: int, n: int, held_out: bool) -> torch.Tensor:
     images, labels, _ = read_images(text, size, held_out)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:n]
     return to_unit_range(images[order])
+
+
+def write_grid(images: torch.Tensor, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture = to_pil_image(make_grid(images[:GRID].cpu().clamp(-1, 1) / 2 + 0.5, nrow=8))
+    picture = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.LANCZOS)
+    picture.save(file, optimize=True)
 
 
 def print_samples(prior: DiffusersPrior, held_out: torch.Tensor, asked: argparse.Namespace) -> None:
@@ -48,10 +57,7 @@ def print_samples(prior: DiffusersPrior, held_out: torch.Tensor, asked: argparse
     images = sample_images(prior.denoiser, prior.decode, range(n), asked.steps, asked.eta, device)
     seconds = time.process_time() - start
     if asked.grid:
-        asked.grid.parent.mkdir(parents=True, exist_ok=True)
-        picture = to_pil_image(make_grid(images[:64].cpu().clamp(-1, 1) / 2 + 0.5, nrow=8))
-        picture = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.LANCZOS)
-        picture.save(asked.grid, optimize=True)
+        write_grid(images, asked.grid)
     sets = [features.of(x.split(READ), device) for x in (images, held_out[:n], train)]
     found = quality(*sets)
     told = f"{asked.steps} steps uniform in log-SNR, eta = {asked.eta:g}, seeds 0..{n - 1}, {seconds:.0f} s of processor time"
@@ -82,7 +88,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--prior", default="bundled")
-    parser.add_argument("--data", required=True, help="held-out images")
+    parser.add_argument("--data", help="held-out images; without them --grid alone is written")
     parser.add_argument("--train", help="the images that the prior was trained on")
     parser.add_argument("--n", type=int, default=1000, help="samples, and as many images of either set")
     parser.add_argument("--n-loss", type=int, default=3000, help="held-out images for the denoising error")
@@ -94,8 +100,16 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", help="of the prior's network: float32 or bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args()
+    if asked.data is None and (asked.grid is None or asked.train):
+        parser.error(
+            "figures need --data HELD_OUT; without it --grid FILE.png, with no --train, writes a picture"
+        )
     try:
         prior = load_prior(asked.prior, precision=asked.precision).to(asked.device)
+        if asked.data is None:
+            seeds = range(min(asked.n, GRID))
+            images = sample_images(prior.denoiser, prior.decode, seeds, asked.steps, asked.eta, asked.device)
+            return write_grid(images, asked.grid)
         held_out = drawn(asked.data, prior.image_size, 10**9, True)
         print_denoising(prior, held_out[: asked.n_loss], asked.device)
         print_samples(prior, held_out, asked)

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from prior_folders import write_pixel
 
 BENCHMARKS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
 NEED_DATA = {
@@ -24,3 +26,17 @@ def test_loads(path):
 def test_quick(path, tmp_path):
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     subprocess.run([sys.executable, path, "--quick"], check=True, cwd=tmp_path, env=environment)
+
+
+def test_the_grid_of_the_readme_needs_no_data(tmp_path, monkeypatch, capsys):
+    """As its caption says it, with fewer and shorter chains; figures ask for what they need."""
+    write_pixel(tmp_path / "prior")
+    quality = Path(__file__).parents[1] / "benchmarks" / "prior_quality.py"
+    command = ["prior_quality.py", f"--prior={tmp_path / 'prior'}", "--n=4", "--steps=2"]
+    monkeypatch.setattr("sys.argv", [*command, f"--grid={tmp_path / 'docs' / 'grid.png'}"])
+    runpy.run_path(str(quality), run_name="__main__")
+    assert Image.open(tmp_path / "docs" / "grid.png").size == (2 * (4 * (8 + 2) + 2), 2 * (8 + 4))
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(quality), run_name="__main__")
+    assert "figures need --data HELD_OUT" in capsys.readouterr().err

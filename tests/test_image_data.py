@@ -5,11 +5,13 @@ import io
 import struct
 import tarfile
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image, ImageOps
 from torchvision import datasets
 
@@ -18,12 +20,13 @@ from tiltlens.modules import image_sets
 from tiltlens.modules.command_line import run
 from tiltlens.modules.hugging_face_source import as_image
 from tiltlens.modules.image_data import BatchStream, ImageFolderData
-from tiltlens.modules.image_decoding import to_rgb
+from tiltlens.modules.image_decoding import decode, to_rgb
 from tiltlens.modules.image_shards import expand_braces
 from tiltlens.modules.image_sources import open_source
 from tiltlens.modules.training_cli import TrainingCLI
 
 SIZE = 8
+CONFIGS = Path(__file__).parents[1] / "configs" / "train"
 
 
 def pixels(k: int, side: int = SIZE) -> np.ndarray:
@@ -51,6 +54,10 @@ def data(folder, tmp_path):
         return made
 
     return make
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
 def test_colours_and_orientation():
@@ -81,6 +88,34 @@ def test_colours_and_orientation():
         as_image(np.zeros((4, 4, 5), np.uint8))
 
 
+def test_a_large_photograph_is_turned_though_it_is_decoded_at_a_part_of_its_size(tmp_path):
+    """EXIF orientation 6 of a JPEG that `draft` reads at an eighth: the crop of the upright image, the sky on top."""
+    sky = np.repeat(np.linspace(255, 0, 96)[:, None, None], 160, 1).repeat(3, 2).astype(np.uint8)  # 96 x 160
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(sky)).save(tmp_path / "turned.jpg", quality=95, exif=exif)
+    found = decode(open_source(str(tmp_path), False, 6, tmp_path), 0, 6, 6).float()
+    assert Image.open(tmp_path / "turned.jpg").size == (96, 160)
+    expected = torch.from_numpy(sky.reshape(6, 16, 160, 3).mean((1, 2))).T[:, :, None].expand(3, 6, 6)
+    assert (found - expected).abs().max() < 10
+
+
+def test_linked_folders_are_classes_like_others(data, folder, tmp_path):
+    """... and a link to a folder above is not followed round and round."""
+    plain = data().train_set
+    (tmp_path / "linked").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "linked" / name).symlink_to(folder / name)
+    (folder / "dog" / "deep" / "up").symlink_to(folder)
+    source = open_source(str(tmp_path / "linked"), False, SIZE, tmp_path)
+    assert source.class_names == ["cat", "dog"]
+    whole = [source.name(i) for i in range(len(source))]
+    assert [n for n in whole if "/up/" not in n] == [p.relative_to(folder).as_posix() for p in files(folder)]
+    assert len(whole) == 24 + 12  # below the link lie the cats; the dogs are where it was met
+    (folder / "dog" / "deep" / "up").unlink()
+    assert torch.equal(data(tmp_path / "linked").train_set[0], plain[0])
+
+
 def test_folder_is_read_as_it_lies(data, folder):
     made = data(val=folder)
     images, labels = made.train_set
@@ -101,6 +136,8 @@ def test_crops_are_squares_of_the_scaled_image(data, tmp_path):
     assert np.array_equal(centre[0, 0], wide[0, 16:24, 0])
     small = data(tmp_path / "wide", tmp_path / "wide", size=4, resize=8).train_set[0][0]
     assert np.array_equal(small[0, 0], wide[0, 18:22, 0])
+    large = data(tmp_path / "wide", tmp_path / "wide", size=4, resize=16).train_set[0][0]
+    assert np.array_equal(large[0, 0], wide[0, 18:22, 0])  # 8 pixels are not enlarged to 16
     loader = data(tmp_path / "wide", tmp_path / "wide", crop="random").train_dataloader()
     lefts = torch.cat([b["image"][:, 0, 0, 0] for b in loader])
     assert lefts.std() > 0.1
@@ -130,6 +167,21 @@ def test_held_out_by_hash(data, folder):
     assert len(names(data(val_n=5))[0] & held) >= 4
     with pytest.raises(UserError, match=r"val_n = 25 of 25 images"):
         data(val_n=25)
+
+
+@pytest.mark.parametrize("name", ["prior-finetune", "prior-lora", "prior-latent"])
+def test_a_small_folder_of_one_s_own_is_trained_on(data, name):
+    """The fine-tuning configs hold out a twentieth of 600 images, and of many no more than their val_n; who asks for
+    100 has 100."""
+    asked = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())["data"] | {"size": SIZE}
+
+    def sizes(n, **more):
+        made = data(**asked | {"train": f"FakeData?size={n}"} | more)
+        return len(made.train_set[1]), len(made.val_set[1])
+
+    assert sizes(600) == (570, 30)
+    assert sizes(100, val_n=4) == (96, 4)
+    assert sizes(300, val_n=100, val_share=None) == (200, 100)
 
 
 @pytest.mark.parametrize("crop", ["centre", "random"])
@@ -261,6 +313,25 @@ def test_shards_are_the_folder(data, tmp_path, monkeypatch, lazy):
         data(f"tar:{tmp_path}/cut.tar")
 
 
+def test_shards_held_out_need_not_hold_the_last_class(tmp_path):
+    """Three classes in train, two in val, or the other way round: a classifier learns three."""
+    for name, classes in (("three", 3), ("two", 2)):
+        members = [
+            (f"{k}.{e}", c) for k in range(6) for e, c in (("png", png(k)), ("cls", b"%d" % (k % classes)))
+        ]
+        write_shard(tmp_path / f"{name}.tar", members)
+    for train, val in (("three", "two"), ("two", "three")):
+        made = ImageFolderData(
+            f"tar:{tmp_path}/{train}.tar", f"tar:{tmp_path}/{val}.tar", SIZE, batch_size=2, cache=tmp_path
+        )
+        classifier = SimpleNamespace(num_classes=3)
+        made.trainer = SimpleNamespace(
+            default_root_dir=tmp_path, is_global_zero=True, lightning_module=classifier
+        )
+        made.setup()
+        assert made.class_names == ["0", "1", "2"]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="datasets is installed")
 def test_hugging_face_names_its_package(data):
     with pytest.raises(UserError, match=r"pip install datasets"):
@@ -324,7 +395,9 @@ def test_a_classifier_refuses_images_without_a_class(folder, tmp_path, monkeypat
     ]  # fmt: skip
     with pytest.raises(SystemExit):
         run(lambda: TrainingCLI(args))
-    assert "has 24 images without a class, and EncoderModule learns classes" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has 24 images without a class, and EncoderModule learns classes" in said
+    assert "label=COLUMN" in said
 
 
 def test_an_exif_that_cannot_be_rewritten_is_no_broken_image(tmp_path):

@@ -5,8 +5,10 @@ import json
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from prior_folders import write_ldm
+from test_wandb_curve import Offline
 
 from tiltlens.errors import UserError
 from tiltlens.metrics import EncoderFeatures, quality, sample_images
@@ -53,14 +55,13 @@ def history(out):
 
 def test_quality_is_that_of_the_export(tmp_path):
     """Logged before the first step and at the validation that is due; the last of them is what the exported folder gives."""
-    cli = TrainingCLI(
-        arguments(
-            tmp_path, SIZE,
-            f"--model.network={json.dumps(UNET)}", "--model.learning_rate=1e-2",
-            "--trainer.callbacks+=tiltlens.modules.prior_quality.PriorQuality", "--trainer.callbacks.n=10",
-            "--trainer.callbacks.neighbours=20", "--trainer.callbacks.steps=2", "--trainer.callbacks.every_n_steps=4",
-        )
+    args = arguments(
+        tmp_path, SIZE,
+        f"--model.network={json.dumps(UNET)}", "--model.learning_rate=1e-2",
+        "--trainer.callbacks+=tiltlens.modules.prior_quality.PriorQuality", "--trainer.callbacks.n=10",
+        "--trainer.callbacks.neighbours=20", "--trainer.callbacks.steps=2", "--trainer.callbacks.every_n_steps=4",
     )  # fmt: skip
+    cli = TrainingCLI(args)
     found = [row for row in history(tmp_path) if "quality/kid_n10" in row]
     assert [row["step"] for row in found] == [0, 3]  # Lightning counts the steps of a validation from 0
     assert found[0]["quality/kid_floor_n10"] == pytest.approx(found[1]["quality/kid_floor_n10"])
@@ -87,6 +88,24 @@ def test_quality_is_that_of_the_export(tmp_path):
     pictures = sorted(tmp_path.glob("wandb/*run-*/files/media/images/grid_*.png"))
     assert len(pictures) == 2
     assert list(Image.open(pictures[-1]).getdata()) == list(grid.getdata())
+    # W&B, read back, has the same figures, what was asked, and both beside the exported weights
+    run = Offline(tmp_path)
+    last = {k: v for h in run.history for k, v in h.items()}
+    logged = {k: v for k, v in found[1].items() if k.startswith(("quality/", "val_x0_error/"))}
+    assert {"quality/kid_floor_n10", "val_x0_error/0..2"} <= logged.keys()
+    assert {k: last[k] for k in logged} == pytest.approx(logged, rel=1e-4, abs=1e-6)
+    asked = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert asked["model"]["init_args"]["learning_rate"] == 1e-2
+    assert {k: run.config[k] for k in ("model", "data")} == {k: asked[k] for k in ("model", "data")}
+    told = run.artifacts[f"{tmp_path.name}-prior"]
+    assert told["config"]["model"] == asked["model"]
+    assert {k: told["metrics"][k] for k in logged} == pytest.approx(logged, rel=1e-4, abs=1e-6)
+    # gone on with under another rate, the run says the new one; it ends between two validations, and yet with figures
+    TrainingCLI([*args, "--trainer.max_steps=5", "--model.learning_rate=1e-3", "--ckpt_path=last"])
+    run = Offline(tmp_path, -1)
+    assert run.config["model"]["init_args"]["learning_rate"] == 1e-3
+    assert len([h for h in run.history if "quality/kid_n10" in h and "val_loss" in h]) == 1
+    assert (tmp_path / "grids" / "step-000005.png").is_file()
 
 
 def test_a_latent_prior_is_drawn_through_its_decoder(tmp_path):

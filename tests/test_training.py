@@ -10,8 +10,9 @@ import torch
 from diffusers import DDPMPipeline
 from lightning.pytorch.callbacks import Timer
 from PIL import Image
-from prior_folders import ddpm, edm, flow
+from prior_folders import ddpm, edm, flow, write_pixel
 
+from tiltlens.modules import sampling_cli
 from tiltlens.modules.command_line import run
 from tiltlens.modules.denoising import DenoisingLoss
 from tiltlens.modules.ema import WarmEMA, warm_decay
@@ -21,6 +22,7 @@ from tiltlens.modules.learning_rate import rate, warm_hold_decay
 from tiltlens.modules.prior_module import PriorModule
 from tiltlens.modules.training_cli import TrainingCLI
 from tiltlens.priors.families import read_family
+from tiltlens.run_folder import RunFolder
 
 SIZE = 16
 UNET = {
@@ -96,6 +98,7 @@ def test_prior_export_gives_back_the_network(folder, tmp_path):
 
 
 def test_encoder_export_gives_back_the_network(folder, tmp_path):
+    """... under timm, and a unit of it, by the name of its class, under sample.py."""
     args = arguments(folder, tmp_path, "encoder", ENCODER, "--trainer.max_epochs=1")
     cli = TrainingCLI(args)
     again = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True).eval()
@@ -108,6 +111,13 @@ def test_encoder_export_gives_back_the_network(folder, tmp_path):
     torch.testing.assert_close(pooled, again(x))
     torch.testing.assert_close(cls, again.head(again.fc_norm(again.forward_features(x)[:, 0])))
     TrainingCLI(args)  # a second run into the same folder is no error
+    write_pixel(tmp_path / "prior")
+    sampling_cli.main([
+        f"--model.prior={tmp_path / 'prior'}", f"--model.unit=local-dir:{tmp_path / 'encoder'},class=red",
+        "--model.steps=3", "--model.pilot=8", "--data.n=2", "--data.strengths=[0,1]",
+        "--trainer.accelerator=cpu", "--trainer.logger=false", f"--out={tmp_path / 'out'}",
+    ])  # fmt: skip
+    assert len(RunFolder(tmp_path / "out").read_summary()["rows"]) == 2
 
 
 def test_resumed_is_uninterrupted(folder, tmp_path):

@@ -84,6 +84,14 @@ def test_settings_that_mean_nothing(change, words):
         inject(unet(), **change)
 
 
+def test_a_kind_that_is_not_there_is_not_advised():
+    plain = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    with pytest.raises(ValueError, match="'attention' matches no") as said:
+        inject(unet(**plain, add_attention=False))
+    assert "mean attention" not in str(said.value)
+    assert "Expected convolution, linear, or" in str(said.value)
+
+
 def test_targets_are_kinds_or_ends_of_names():
     network = unet()
     kinds = {k: set(match(network, [k])) for k in ("attention", "convolution", "linear")}

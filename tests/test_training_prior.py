@@ -4,17 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from lightning import LightningDataModule, Trainer
 from prior_folders import ddpm, edm, flow, write_dit, write_ldm, write_pixel, write_text
+from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
 from tiltlens.errors import UserError
+from tiltlens.modules.denoising import by_noise
 from tiltlens.modules.ema import WarmEMA
+from tiltlens.modules.image_data import ImageFolderData
 from tiltlens.modules.latents import LatentCache
 from tiltlens.modules.prior_module import LoRA, PriorModule
 from tiltlens.modules.prior_pipeline import begin
 from tiltlens.priors import load_prior
+from tiltlens.priors.folder import find_folder
 from tiltlens.priors.latent import Codec
 
 TRAINER = {
@@ -124,6 +129,81 @@ def test_dropout_is_named_by_the_batch(tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_a_grey_prior_to_begin_with_is_named(tmp_path):
+    write_pixel(tmp_path, ddpm(), in_channels=1, out_channels=1)
+    with pytest.raises(UserError, match=r"model.init_from .*found 1: begin with another prior"):
+        PriorModule(str(tmp_path))
+
+
+class ExactDenoiser(torch.nn.Module):
+    """F of x0_hat = E[x_0 | x_t] = s^2 alpha x_t / (s^2 alpha^2 + sigma^2), for x_0 ~ N(0, s^2): a closed form."""
+
+    dtype = torch.float32
+
+    def __init__(self, family, s):
+        super().__init__()
+        self.family, self.s = family, s
+
+    def forward(self, x, time, return_dict):
+        schedule, tables = self.family.schedule, self.family.tables
+        t = (schedule.time[:, None] - time.double()).abs().argmin(0)
+        alpha, sigma, *of = (
+            v[t].view(-1, 1, 1, 1)
+            for v in (schedule.alpha, schedule.sigma, *(tables[k] for k in ("scale_in", "skip", "out")))
+        )
+        scale_in, skip, out = of
+        x_t = x.double() / scale_in
+        x0_hat = self.s**2 * alpha * x_t / (self.s**2 * alpha**2 + sigma**2)
+        return (((x0_hat - skip * x_t) / out).float(),)
+
+
+@pytest.mark.parametrize("scheduler", [ddpm("v_prediction"), flow(), edm()], ids=["v", "flow", "edm"])
+def test_the_held_out_error_by_log_snr_is_the_posterior_variance_of_a_gaussian(scheduler, tmp_path):
+    """val_x0_error/BIN = mean over the bin's t of s^2 / (1 + s^2 SNR), val_loss = mean of min(SNR, gamma) times it."""
+    s, generator = 0.5, torch.Generator().manual_seed(0)
+    write_pixel(tmp_path, scheduler)
+    module = PriorModule(str(tmp_path), gamma=5.0)
+    module.network = ExactDenoiser(module.family, s)
+    images = s * torch.randn(8, 200, 3, 8, 8, generator=generator)
+    batches = DataLoader([{"image": x, "seed": k} for k, x in enumerate(images)], batch_size=None)
+    (found,) = Trainer(**TRAINER).validate(module, batches, verbose=False)
+    log_snr = module.family.schedule.log_snr
+    variance = s**2 / (1 + s**2 * log_snr.exp())
+    means = by_noise(variance, log_snr)
+    assert {k for k in found if k != "val_loss"} == {f"val_x0_error/{name}" for name in means}
+    for name, (mean, _) in means.items():
+        assert found[f"val_x0_error/{name}"] == pytest.approx(float(mean), rel=0.02), name
+    assert found["val_loss"] == pytest.approx(float((log_snr.exp().clamp(max=5) * variance).mean()), rel=0.02)
+
+
+def test_the_shipped_latent_config_asks_no_hub():
+    """Where its folder is not, it says so: a name owner/name would be a stranger's repository."""
+    config = Path(__file__).parents[1] / "configs" / "train" / "prior-latent.yaml"
+    name = yaml.safe_load(config.read_text())["model"]["init_args"]["init_from"]
+    with pytest.raises(UserError, match="found no such folder"):
+        find_folder(name)
+
+
+def test_half_of_the_images_are_mirrored_by_the_batch_s_seed_unless_it_is_off(tmp_path):
+    """What reaches the network of a prior without noise: the images, or their mirror images, the same at every call."""
+    write_pixel(tmp_path, ddpm())
+    image = torch.linspace(-1, 1, 8).expand(64, 3, 8, 8)
+
+    def seen(flip, seed=0):
+        module, kept = PriorModule(str(tmp_path), flip=flip), []
+        module.encode = lambda images: kept.append(images) or images
+        batches = DataLoader([{"image": image, "seed": seed}], batch_size=None)
+        Trainer(**TRAINER | {"max_steps": 1}).fit(module, batches)
+        return kept[0]
+
+    mirrored = (seen(True) == image.flip(3)).flatten(1).all(1)
+    assert 16 < mirrored.sum() < 48
+    assert_close(seen(True)[~mirrored], image[~mirrored], rtol=0, atol=0)
+    assert_close(seen(True), seen(True), rtol=0, atol=0)
+    assert not torch.equal(seen(True, 1), seen(True))
+    assert_close(seen(False), image, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -139,6 +219,10 @@ def test_dropout_is_named_by_the_batch(tmp_path):
             "SchedulerMixin of diffusers",
         ),
         ({"init_from": None, "network": {**TINY, "in_channels": 1, "out_channels": 1}}, "in_channels = 3"),
+        (
+            {"init_from": None, "network": {k: v for k, v in TINY.items() if k != "sample_size"}},
+            "square sample_size",
+        ),
         ({"init_from": "bundeld"}, "Did you mean 'bundled'"),
     ],
 )
@@ -158,6 +242,14 @@ def test_data_of_another_size_is_refused(tmp_path):
     write_pixel(Path(tmp_path), ddpm())
     with pytest.raises(ValueError, match=r"data\.size = 16: the prior's images have 8 pixels"):
         Trainer(**TRAINER).fit(PriorModule(str(tmp_path)), Small())
+
+
+def test_random_crops_would_fill_the_cache_of_latents(tmp_path):
+    write_dit(tmp_path / "start", kind="kl")
+    module = PriorModule(str(tmp_path / "start"), latent_cache=tmp_path)
+    module.check_data(ImageFolderData("FakeData", size=8))
+    with pytest.raises(UserError, match=r"crop = random .* set data.crop to centre"):
+        module.check_data(ImageFolderData("FakeData", size=8, crop="random"))
 
 
 ATTENTIVE = {

@@ -51,7 +51,8 @@ def test_latents_and_what_was_trained_is_sampled(tmp_path, monkeypatch):
     train("prior-latent", tmp_path, monkeypatch, "--trainer.log_every_n_steps=1")
     assert_sampled_by_diffusers(tmp_path / "prior", LDMPipeline)
     run = Offline(tmp_path)
-    for name in ("train_loss", "learning_rate", "gradient_norm", "images_per_second", "val_loss"):
+    watched = ("train_loss", "learning_rate", "gradient_norm", "images_per_second", "val_loss")
+    for name in (*watched, "val_x0_error/0..2", "quality/kid_n8", "quality/kid_floor_n8"):
         assert any(name in h for h in run.history), name
     assert f"{tmp_path.name}-prior" in run.text  # the export, as an artifact
     args = [

@@ -14,7 +14,8 @@ from tiltlens.run_folder import RunFolder
 
 
 class Offline:
-    """An offline run of a run folder, as W&B's own viewer reads it: history, config, step metric of each metric."""
+    """An offline run of a run folder, as W&B's own viewer reads it: history, config, step metric of each metric,
+    metadata of each artifact."""
 
     def __init__(self, out: Path, number: int = 0):
         path = sorted(out.glob("wandb/offline-run-*"), key=lambda p: p.stat().st_ctime)[number]
@@ -27,6 +28,8 @@ class Offline:
         self.metrics = {m["name"]: m.get("step_metric") for m in metrics if "name" in m}
         configs = [r["config"]["update"] for r in records if r["type"] == "config"]
         self.config = {k: v for c in configs for k, v in c.items()}
+        artifacts = [r["artifact"] for r in records if r["type"] == "artifact"]
+        self.artifacts = {a["name"]: json.loads(a.get("metadata") or "{}") for a in artifacts}
         said = [r["summary"].get("update", {}) for r in records if r["type"] == "summary"]
         self.summary = {k: v for s in said for k, v in s.items()}
 

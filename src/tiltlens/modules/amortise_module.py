@@ -64,10 +64,9 @@ class AmortiseModule(LightningModule):
     architecture. pool: unguided samples, at least 8. paths, round_steps: of a round. batch_size: paths whose steps are read in
     a step of training. loss_steps: steps of the chain that are read, drawn anew each time, mostly those at which the unit
     can be moved; None for all. until: the log-SNR up to which steps are controlled, None for all; beyond it a unit has little
-    to say, and in bfloat16 the difference of two forwards is rounding that path KL pays for: up to 2, about 0.06 nats a path on the
-    bundled prior, 4 without it. warm_steps: of the warm start; 0 for adjoint matching alone. warm_share: the ESS, as a share
-    of the pool, that its weights keep. learning_rate: the peak; warm-up and decay as
-    everywhere. ramp: rounds over which the strength rises to s in equal parts, for far targets; 1 for none.
+    to say, and in bfloat16 the difference of two forwards is rounding that path KL pays for. warm_steps: of the warm start;
+    0 for adjoint matching alone. warm_share: the ESS, as a share of the pool, that its weights keep. learning_rate: the
+    peak; warm-up and decay as everywhere. ramp: rounds over which the strength rises to s in equal parts, for far targets; 1 for none.
 
     Raises UserError for values out of range and ValueError for a unit that the prior's images do not fit.
     """

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from tiltlens.errors import UserError
 from tiltlens.modules.image_data import Batch
-from tiltlens.modules.learning_rate import warm_hold_decay
+from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
 
 
 class EncoderModule(LightningModule):
@@ -37,7 +37,8 @@ class EncoderModule(LightningModule):
     learning_rate: the peak; warm-up over the share `warmup` of all steps, then a cosine to 0. degraded: the
     share of images drawn for `degrade`. fused_attention: False where the fused kernel is the slow one: the
     CPU's backward in bf16 takes four times as long as the plain products. compile: torch.compile of training's
-    forward and backward. Raises UserError for an unknown architecture or arguments that it refuses.
+    forward and backward. Raises UserError for an unknown architecture, arguments that it refuses, numbers out of
+    range, and images that the network does not take.
     """
 
     def __init__(
@@ -55,6 +56,11 @@ class EncoderModule(LightningModule):
         compile: bool = False,
     ):
         super().__init__()
+        check_rate(learning_rate, weight_decay, warmup, 1 - warmup)
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"model.label_smoothing = {label_smoothing}: expected at least 0 and below 1")
+        if not 0 <= degraded <= 1:
+            raise UserError(f"model.degraded = {degraded}: expected a share of the images, 0 to 1")
         self.size: int | None = None
         self.model_args, self.num_classes = dict(model_args or {}), num_classes
         try:
@@ -83,6 +89,29 @@ class EncoderModule(LightningModule):
             )
         self.class_names = found
         self.size = getattr(self.trainer.datamodule, "size", None)
+        self.check_data(self.trainer.datamodule)
+
+    @torch.no_grad()
+    def check_data(self, data: Any) -> None:
+        """Raises UserError for images of another size or number of channels than the network takes: one is tried."""
+        size, asked = getattr(data, "size", None), self.model_args.get("img_size")
+        if size is None:
+            return
+        sides = set(asked) if isinstance(asked, list | tuple) else {asked or size}
+        if sides != {
+            size
+        }:  # a network of any size would take them, and be exported with the size that it never saw
+            raise UserError(f"data.size = {size}: model.model_args.img_size is {asked}; set both to one size")
+        training, weight = self.network.training, next(self.network.parameters())
+        try:
+            self.network.eval()(weight.new_zeros(1, 3, size, size))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise UserError(
+                f"{type(self.network).__name__} does not take images of data.size = {size} pixels with 3 channels "
+                f"({error}): set data.size to what it takes, or its img_size, patch_size and in_chans in model.model_args"
+            ) from error
+        finally:
+            self.network.train(training)
 
     def readouts(self, images: Tensor) -> list[Tensor]:
         """Logits (B, num_classes) of the network and, where its pooling leaves it out, of the cls token."""
@@ -137,7 +166,7 @@ class EncoderModule(LightningModule):
         """Writes folder/encoder, read by timm.create_model("local-dir:folder/encoder", pretrained=True)."""
         out = Path(folder) / "encoder"
         # A convolutional network takes any size: what it was trained on is what its reader must resize to.
-        size = self.model_args.get("img_size") or self.size or self.network.pretrained_cfg["input_size"][-1]
+        size = self.size or self.model_args.get("img_size") or self.network.pretrained_cfg["input_size"][-1]
         # timm copies the architecture's card; its tag and licence are those of weights that are not here.
         config: dict[str, Any] = {"pretrained_cfg": {"tag": None, "license": None}}
         if self.class_names:

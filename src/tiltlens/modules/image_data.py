@@ -19,6 +19,7 @@ from tiltlens.modules.image_sources import ImageSource, open_source
 
 __all__ = ["Batch", "BatchStream", "ImageFolderData", "Images", "read_images", "to_unit_range"]
 LOG = "broken_images.txt"
+SHARE = 0.05  # held out of data.train where neither data.val nor a number is given
 
 
 class ImageFolderData(LightningDataModule):
@@ -27,11 +28,12 @@ class ImageFolderData(LightningDataModule):
     train, val: folders of images, nested at will; the first folder below the root is the class (label -1
     where images lie in the root itself). Or another source, named as in `image_sources`: FakeData, CIFAR10,
     tar:SHARDS, hf:NAME. val None: images are held out from train, by a hash of (seed, name), so that an image
-    stays on its side when others come and go: val_n of them, or the share val_share.
+    stays on its side when others come and go: val_n of them, or the share val_share (by default 0.05), or, where
+    both are given, the smaller number of the two.
 
-    size: pixels of a side. resize: of the shorter side before the crop, by default size. crop: centre, or
-    random in training. Mirroring is the modules' (`model.flip`). val_n: so many held-out images, drawn once
-    by `seed`; None for all.
+    size: pixels of a side. resize: of the shorter side before the crop, by default size; no image is enlarged.
+    crop: centre, or random in training. Mirroring is the modules' (`model.flip`). val_n beside val: at most so many
+    of its images, drawn once by `seed`; None for all.
 
     broken_share: of unreadable or too small images that is left out; each is named in OUT/broken_images.txt.
     cache: a folder for decoded images, by default $XDG_CACHE_HOME/tiltlens. A set of up to 2 GiB, 3 size^2
@@ -50,7 +52,7 @@ class ImageFolderData(LightningDataModule):
         batch_size: int = 64,
         seed: int = 0,
         val_n: int | None = None,
-        val_share: float = 0.05,
+        val_share: float | None = None,
         resize: int | None = None,
         crop: Literal["centre", "random"] = "centre",
         broken_share: float = 0.01,
@@ -62,7 +64,7 @@ class ImageFolderData(LightningDataModule):
         self.val_n, self.val_share = val_n, val_share
         self.resize, self.crop, self.broken_share = resize or size, crop, broken_share
         for name, value in (("val_share", val_share), ("broken_share", broken_share)):
-            if not 0 <= value < 1:
+            if value is not None and not 0 <= value < 1:
                 raise UserError(f"data.{name} = {value}: expected a share, at least 0 and below 1")
         for name, value in (("size", size), ("batch_size", batch_size), ("val_n", val_n)):
             if value is not None and value < 1:
@@ -87,7 +89,7 @@ class ImageFolderData(LightningDataModule):
         if self.val is None:
             held_out = set(hold_out(source, self.seed, self.val_n, self.val_share))
             inside = [i for i in inside if i not in held_out]
-        self._check_size(len(inside))
+        self._check_size(len(inside), len(source) - len(inside))
         self.train_set = self._read(source, inside, lazy, broken)
         if self.val is None:
             self.val_set = self._read(source, sorted(held_out), False, broken)
@@ -96,7 +98,10 @@ class ImageFolderData(LightningDataModule):
             if source.fingerprint == trained:  # a folder, or a set that has no part of its own to hold out
                 rank_zero_warn(f"data.val is data.train, {self.val}: nothing is held out")
             self._check_labels("data.val", self.val, source)
-            if source.class_names != self.class_names and self._learns_classes():
+            both = sorted((self.class_names, source.class_names), key=len)
+            if numbered(both[1]) and both[1][: len(both[0])] == both[0]:
+                self.class_names = both[1]  # a source of numbers alone knows no class above those it holds
+            elif both[0] != both[1] and self._learns_classes():
                 raise UserError(
                     f"data.val {self.val} has classes {source.class_names}; expected those of data.train, "
                     f"{self.class_names}"
@@ -113,16 +118,17 @@ class ImageFolderData(LightningDataModule):
         if missing and self._learns_classes():
             raise UserError(
                 f"{what} {text} has {missing} images without a class, and {type(module).__name__} learns "
-                "classes: expected FOLDER/CLASS/*.jpg, or .cls files in the shards"
+                "classes: expected FOLDER/CLASS/*.jpg, .cls files in the shards, or hf:NAME?label=COLUMN"
             )
 
     def _learns_classes(self) -> bool:
         return bool(getattr(getattr(self.trainer, "lightning_module", None), "num_classes", None))
 
-    def _check_size(self, n: int) -> None:
+    def _check_size(self, n: int, held_out: int = 0) -> None:
         if n < self.batch_size:
+            beside = f" beside {held_out} held out" if held_out else ""
             raise UserError(
-                f"data.train {self.train} holds {n} images, fewer than data.batch_size = "
+                f"data.train {self.train} holds {n} images{beside}, fewer than data.batch_size = "
                 f"{self.batch_size}: lower data.batch_size or add images"
             )
 
@@ -163,6 +169,11 @@ class ImageFolderData(LightningDataModule):
         return BatchStream(*self.val_set, self.batch_size, self.seed, shuffle=False)
 
 
+def numbered(names: list[str]) -> bool:
+    """Whether the classes' names are their numbers, 0, 1, ..."""
+    return names == [str(k) for k in range(len(names))]
+
+
 def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tiltlens"
 
@@ -177,9 +188,13 @@ def read_images(
     return images, source.labels[found], source.class_names
 
 
-def hold_out(source: ImageSource, seed: int, n: int | None, share: float) -> list[int]:
-    """The n (or round(share N), at least 1) images whose hash of (seed, name) is smallest."""
-    n = max(1, round(share * len(source))) if n is None else n
+def hold_out(source: ImageSource, seed: int, n: int | None, share: float | None) -> list[int]:
+    """The images whose hash of (seed, name) is smallest: n, or round(share N) but at least 1, or the smaller of both.
+
+    Neither: a share of 0.05. Raises UserError where none would be left for training.
+    """
+    part = max(1, round((SHARE if share is None else share) * len(source)))
+    n = part if n is None else n if share is None else min(n, part)
     if n >= len(source):
         raise UserError(
             f"data.val_n = {n} of {len(source)} images: none is left for training; lower it or set data.val"

@@ -1,8 +1,8 @@
 """From a file's pixels to a square of uint8, and what to do where that cannot be done.
 
 EXIF orientation is applied. Grey, palette, CMYK and 16-bit images become 8-bit RGB; alpha is composited on
-white. A crop is a square of `size` pixels out of the image scaled so that its shorter side is `resize`. An
-image whose shorter side is below `size` would have to be invented in part: it counts as broken.
+white. A crop is a square of `size` pixels out of the image, whose shorter side was scaled down to `resize`. No image
+is enlarged: one between `size` and `resize` is cropped as it is, one below `size` counts as broken.
 """
 
 import struct
@@ -53,9 +53,9 @@ def decode(
         # A JPEG much larger than the crop need not be decoded in full: at twice the target nothing is lost.
         image.draft("RGB", (2 * resize, 2 * resize)) if image.format == "JPEG" else None
         image = to_rgb(image)
-        side = min(image.size) * size / resize
+        side = max(size, min(image.size) * size / resize)
         left, top = (u * (n - side) for u, n in zip(at, image.size))
-        if image.size != (size, size) or resize != size:
+        if image.size != (size, size):
             box = (left, top, left + side, top + side)
             image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -32,7 +32,8 @@ def decode_all(
     The decoded set is kept in `cache` under a name that changes with the source's content and with the sizes.
     """
     # The leading number is that of the decoding: what an older one wrote must not be read as today's.
-    digest = hashlib.sha256(f"2 {size} {resize} {source.fingerprint}".encode()).hexdigest()
+    version = 2 if resize == size else 3  # 3: no image is enlarged to resize
+    digest = hashlib.sha256(f"{version} {size} {resize} {source.fingerprint}".encode()).hexdigest()
     cached = cache / f"images-{digest[:24]}.safetensors"
     if cached.is_file():
         with safetensors.safe_open(cached, "pt") as file:

@@ -13,6 +13,8 @@ why one batch is a function of its number alone, however large the set: nothing 
 
 import hashlib
 import inspect
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
@@ -66,7 +68,7 @@ def open_source(text: str, held_out: bool, size: int, cache: Path) -> ImageSourc
 
 
 class FolderSource:
-    """Every image below root, sorted by path; the first folder below the root is the class."""
+    """Every image below root, in linked folders too, sorted by path; the first folder below the root is the class."""
 
     def __init__(self, root: Path):
         if not root.is_dir():
@@ -75,9 +77,10 @@ class FolderSource:
                 "torchvision.datasets such as CIFAR10, tar:SHARDS or hf:NAME; set data.train and data.val"
             )
         self.root = root
-        self.files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+        files = list(files_below(root))
+        self.files = sorted(p for p in files if p.suffix.lower() in SUFFIXES)
         if not self.files:
-            found = sorted({p.suffix.lower() or "no suffix" for p in root.rglob("*") if p.is_file()})
+            found = sorted({p.suffix.lower() or "no suffix" for p in files})
             raise UserError(
                 f"no images below {root}: expected files ending in {', '.join(SUFFIXES)}; found "
                 f"{', '.join(found[:8]) or 'no file at all'}"
@@ -100,6 +103,17 @@ class FolderSource:
 
     def open(self, i: int) -> Image.Image:
         return Image.open(self.files[i])
+
+
+def files_below(root: Path) -> Iterator[Path]:
+    """Every file below root, in linked folders too; a link back to a folder that it lies in is not followed."""
+    above = {str(root): {os.path.realpath(root)}}
+    for folder, inner, names in os.walk(root, followlinks=True):
+        entered = above.pop(folder)
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in inner}
+        inner[:] = [name for name in inner if real[name] not in entered]
+        above |= {os.path.join(folder, name): entered | {real[name]} for name in inner}
+        yield from (Path(folder, name) for name in names)
 
 
 class FakeImages(datasets.FakeData):

@@ -25,6 +25,7 @@ from tiltlens.modules.image_data import Batch
 from tiltlens.modules.latents import LatentCache
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
 from tiltlens.modules.sharding import gathered, is_sharded, shard
+from tiltlens.priors.diffusers_prior import sides
 from tiltlens.priors.families import read_family
 from tiltlens.priors.latent import Codec
 from tiltlens.priors.lora import inject, lora_parameters, merge
@@ -92,13 +93,19 @@ class PriorModule(LightningModule):
             self.register_buffer(name, getattr(fixed, name), persistent=False)
         if not fused_attention:
             plain_attention(self.network)
+        self.side = sides(fixed)[0]  # of a state
         self.compile_step, self._compiled = compile, None
         codec = prior_pipeline.codec_of(self.pipeline)
         # in a plain object: the autoencoder is neither trained, averaged nor kept in checkpoints
         self.latents = LatentCache(Codec(codec), latent_cache) if codec is not None else None
         expected = self.latents.codec.channels if self.latents else 3
         if self.channels != expected:
-            raise UserError(f"model.network: expected in_channels = {expected}, found {self.channels}")
+            begun = "model.network" if init_from is None else f"model.init_from {init_from}: its network"
+            kind = "the latents of its autoencoder" if self.latents else "images, which are RGB"
+            raise UserError(
+                f"{begun}: expected in_channels = {expected}, as of {kind}, found {self.channels}: "
+                + ("set in_channels and out_channels" if init_from is None else "begin with another prior")
+            )
         self.adapted = inject(self.network, lora.rank, lora.alpha, lora.targets) if lora else []
         self.random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.network.modules())
 
@@ -120,19 +127,18 @@ class PriorModule(LightningModule):
             )
         self.check_data(self.trainer.datamodule)
 
-    @property
-    def side(self) -> int:
-        """Of a state."""
-        size = self.network.config.sample_size
-        return size if isinstance(size, int) else int(size[0])
-
     def check_data(self, data: Any) -> None:
-        """Raises UserError for images of another size."""
+        """Raises UserError for images of another size, and for random crops where latents are kept."""
         size = getattr(data, "size", None)
         expected = self.side * (self.latents.codec.factor if self.latents else 1)
         if size not in (None, expected):
             raise UserError(
                 f"data.size = {size}: the prior's images have {expected} pixels a side; set data.size to it"
+            )
+        if self.latents and getattr(data, "crop", None) == "random":
+            raise UserError(
+                "data.crop = random with a prior of latents: every crop is a new image, whose latents would be encoded and "
+                "kept on disk for one use; set data.crop to centre"
             )
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ class PriorQuality(Callback):
     encoder: whose features, a name as in a unit's address. n: samples, held-out and training images compared; fewer
     where the data has fewer, and N says how many. neighbours: training images among which copies are looked for.
     steps, eta, seed: of the samples. With the averaged weights, before the first step and then at the first
-    validation that is every_n_steps steps later; always by `train.py validate`. In float32, whatever training's
-    precision, as the exported prior is sampled. Several devices share the samples.
+    validation that is every_n_steps steps later; always at the end of training and by `train.py validate`. In
+    float32, whatever training's precision, as the exported prior is sampled. Several devices share the samples.
 
     Raises UserError for a module that is no prior, an unknown encoder, data of fewer than 3 images.
     """
@@ -51,7 +51,8 @@ class PriorQuality(Callback):
         sets = {k: getattr(trainer.datamodule, k, None) for k in ("train_set", "val_set")}
         if any(found is None or len(found[1]) < 3 for found in sets.values()):
             raise UserError(
-                "PriorQuality: expected ImageFolderData with 3 images for training and 3 held out"
+                "PriorQuality: expected ImageFolderData with 3 images for training and 3 held out: add images, raise "
+                "data.val_share or set data.val"
             )
         self._sets = {k: found[0] for k, found in sets.items()}
         held_out = len(self._sets["val_set"])
@@ -92,7 +93,8 @@ class PriorQuality(Callback):
         # In the first batch, as in ImageGrid: at the end of the epoch the average may be swapped out already.
         if batch_idx or trainer.sanity_checking:
             return
-        if trainer.state.fn == "fit" and trainer.global_step - self._last < self.every_n_steps:
+        early = trainer.global_step - self._last < self.every_n_steps
+        if trainer.state.fn == "fit" and early and not trainer.should_stop:
             return
         self._last = trainer.global_step
         # every rank has the same numbers; sync_dist only keeps Lightning from warning of it

@@ -2,7 +2,7 @@
 
 OUT/config.yaml             what was asked, complete
 OUT/checkpoints/last.ckpt   every five minutes and at the end of each epoch; resume with --ckpt_path last
-OUT/logs/version_N/         metrics.csv, one version a start
+OUT/logs/version_N/         metrics.csv, and hparams.yaml with what was asked, one version a start
 OUT/wandb                   the same for W&B, offline unless --trainer.logger.offline false; --trainer.logger false for none
 OUT/prior or OUT/encoder    the trained network with averaged weights, as the field's libraries read it
 OUT/sae                     a sparse autoencoder, as a unit's address reads it
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import wandb
+import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -27,6 +28,7 @@ from tiltlens.modules.checkpoints import CheckResumed, StepCheckpoint, WholeChec
 from tiltlens.modules.command_line import CommandLine, check_devices
 from tiltlens.modules.encoder_module import EncoderModule
 from tiltlens.modules.image_data import ImageFolderData
+from tiltlens.modules.last_validation import LastValidation
 from tiltlens.modules.noise_aware_module import NoiseAwareModule
 from tiltlens.modules.prior_module import PriorModule
 from tiltlens.modules.sae_module import SparseAutoencoderModule
@@ -34,6 +36,7 @@ from tiltlens.modules.sharding import is_sharded
 from tiltlens.modules.step_monitor import StepMonitor
 from tiltlens.modules.wandb_curve import place_wandb
 
+CONFIG = "config.yaml"
 LOGGER = {
     "class_path": "lightning.pytorch.loggers.WandbLogger",
     "init_args": {"project": "tiltlens", "offline": True},
@@ -41,12 +44,14 @@ LOGGER = {
 
 
 class SaveAsked(SaveConfigCallback):
-    """Writes OUT/config.yaml, over that of an earlier start: a resumed run is asked anew."""
+    """Writes OUT/config.yaml, over that of an earlier start: a resumed run is asked anew. Every logger has it, too."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         out = Path(trainer.default_root_dir)
         out.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, out / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+        self.parser.save(self.config, out / CONFIG, skip_none=False, overwrite=True, multifile=False)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(read_config(out))
 
 
 class TrainingCLI(CommandLine):
@@ -100,7 +105,13 @@ class TrainingCLI(CommandLine):
         check_devices(config["devices"])
         check_gradients(config["gradient_clip_val"], config["accumulate_grad_batches"])
         resumed = CheckResumed(self._get(self.config, "ckpt_path"))
-        config["callbacks"] = [*(config["callbacks"] or []), resumed, StepMonitor(), *checkpoints]
+        config["callbacks"] = [
+            *(config["callbacks"] or []),
+            resumed,
+            StepMonitor(),
+            LastValidation(),
+            *checkpoints,
+        ]
         config["default_root_dir"] = out
         strategy = str(config["strategy"]).lower().replace("_", "")  # a name, or an object
         if not any(name in strategy for name in ("fsdp", "deepspeed")):  # these have checkpoints of their own
@@ -137,11 +148,18 @@ class TrainingCLI(CommandLine):
             print(f"exported {folder}", file=sys.stderr)
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandbLogger):
-                    artifact = wandb.Artifact(f"{self.out.name}-{folder.name}", type="model")
+                    figures = {k: v.item() for k, v in self.trainer.callback_metrics.items()}
+                    told = {"config": read_config(self.out), "metrics": figures}
+                    artifact = wandb.Artifact(f"{self.out.name}-{folder.name}", type="model", metadata=told)
                     for file in (p for p in folder.rglob("*") if p.is_file()):
                         artifact.add_file(str(file), str(file.relative_to(folder)))
                     logger.experiment.log_artifact(artifact)
                     logger.experiment.finish()
+
+
+def read_config(out: Path) -> dict[str, Any]:
+    """What was asked of a run, with every default, as plain numbers, strings and lists."""
+    return yaml.safe_load((out / CONFIG).read_text())
 
 
 def check_gradients(clip: float | None, accumulate: int) -> None:

@@ -44,7 +44,7 @@ class DiffusersPrior(Prior):
         super().__init__()
         self.name, self.fingerprint, self.prompt, self.precision = name, fingerprint, prompt, precision
         self.family, self.prediction_type = family.name, family.prediction
-        shape = (network.channels, *_sides(network))
+        shape = (network.channels, *sides(network))
         expected = codec.channels if codec else 3
         if shape[0] != expected:
             kind = "latents of its autoencoder" if codec else "images (no autoencoder)"
@@ -92,11 +92,15 @@ class DiffusersPrior(Prior):
         }
 
 
-def _sides(network: FixedNetwork) -> tuple[int, int]:
+def sides(network: FixedNetwork) -> tuple[int, int]:
+    """Of a state, by the network's config. Raises UserError unless it tells them and they are equal."""
     size = network.network.config.sample_size
     sides = (size, size) if isinstance(size, int) else tuple(size or ())
     if len(sides) != 2 or sides[0] != sides[1]:
-        raise UserError(f"prior network: expected a square sample_size in its config, found {size!r}")
+        raise UserError(
+            f"prior network: expected a square sample_size in its config, found {size!r}: set it to the pixels, or "
+            "latents, of a side"
+        )
     return sides
 
 

@@ -72,13 +72,14 @@ def match(network: nn.Module, targets: Sequence[str]) -> list[str]:
         raise UserError(
             f"lora targets = {targets!r}: expected a list: {', '.join(KINDS)}, or ends of module names"
         )
+    here = [kind for kind in KINDS if kinds[kind]]
     found: set[str] = set()
     for target in targets:
         hits = kinds.get(target) or {n for n in layers if n == target or n.endswith(f".{target}")}
         if not hits:
             raise UserError(
                 f"lora target {target!r} matches no linear or convolution layer of {type(network).__name__}: "
-                f"{_near(target, layers)}Expected {', '.join(KINDS)}, or the end of a module's name"
+                f"{_near(target, layers, here)}Expected {', '.join(here)}, or the end of a module's name"
             )
         found |= hits
     return [n for n in layers if n in found]
@@ -181,8 +182,8 @@ def _groups(module: nn.Module) -> int:
     return getattr(module, "groups", 1)
 
 
-def _near(target: str, layers: dict[str, nn.Module]) -> str:
-    ends = {".".join(n.split(".")[-k:]) for n in layers for k in (1, 2, 3)} | set(layers) | set(KINDS)
+def _near(target: str, layers: dict[str, nn.Module], kinds: Sequence[str]) -> str:
+    ends = {".".join(n.split(".")[-k:]) for n in layers for k in (1, 2, 3)} | set(layers) | set(kinds)
     near = difflib.get_close_matches(target, sorted(ends), n=4, cutoff=0.5)
     known = sorted({e for e in ends if "." not in e and not e.isdigit()})
     return f"did you mean {' or '.join(near)}? " if near else f"layers here end in {', '.join(known[:12])}. "
