@@ -20,6 +20,7 @@ from tiltlens.modules.image_data import BatchStream, ImageFolderData
 from tiltlens.modules.learning_rate import rate, warm_hold_decay
 from tiltlens.modules.prior_module import PriorModule
 from tiltlens.modules.training_cli import TrainingCLI
+from tiltlens.priors import load_prior
 from tiltlens.priors.families import read_family
 
 SIZE = 16
@@ -122,6 +123,10 @@ def test_resumed_is_uninterrupted(folder, tmp_path):
     for key in ("state_dict", "current_model_state"):
         for name, value in one[key].items():
             torch.testing.assert_close(two[key][name], value, msg=lambda m, n=name, k=key: f"{k} {n}: {m}")
+    # Resumed at its end it trains no step, and exports the average again.
+    before = load_prior(str(parts / "prior")).fingerprint
+    TrainingCLI(arguments(folder, parts, "prior", constant, "--trainer.max_steps=7", "--ckpt_path=last"))
+    assert load_prior(str(parts / "prior")).fingerprint == before
 
 
 def test_average_obeys_its_closed_form():

@@ -288,6 +288,9 @@ def test_weights_in_shards_are_those_of_ddp_and_resume(start, tmp_path):
         for name, value in ddp[key].items():
             torch.testing.assert_close(whole[key][name], value, atol=2e-5, rtol=1e-4)
             assert torch.equal(parts[key][name], whole[key][name]), name
+    of_two(start, tmp_path / "parts", 4, "shards", "--ckpt_path=last")  # at its end: no step, the same export
+    prints = [load_prior(str(tmp_path / name / "prior")).fingerprint for name in ("whole", "parts")]
+    assert prints[0] == prints[1]
     exported = load_prior(str(tmp_path / "whole" / "prior")).denoiser.network
     for name, value in exported.state_dict().items():
         assert torch.equal(value, whole["state_dict"][name]), name
