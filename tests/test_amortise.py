@@ -386,6 +386,39 @@ def test_a_resumed_run_is_the_uninterrupted_one(killed, trained, tmp_path, monke
     assert told[0]["rounds"] == told[1]["rounds"] == -(-steps // 3)
 
 
+def test_paths_of_another_run_in_the_same_folder_are_not_taken(tmp_path, capsys):
+    """A folder in which a run at another rate went far: a new one, stopped and resumed, is that in a folder of its own."""
+    fit = [
+        "fit",
+        f"--config={CONFIG}",
+        "--trainer.logger=false",
+        "--trainer.accelerator=cpu",
+        "--model.steps=4",
+    ]
+    fit += [
+        "--model.paths=4",
+        "--model.batch_size=3",
+        "--model.round_steps=3",
+        "--model.pool=8",
+        "--model.decay=0",
+    ]
+    used, fresh = (f"--out={tmp_path / name}" for name in ("used", "fresh"))
+    TrainingCLI([*fit, "--trainer.max_steps=8", "--model.learning_rate=0.1", used])
+    for out in (used, fresh):
+        TrainingCLI([*fit, "--trainer.max_steps=2", out])
+        TrainingCLI([*fit, "--trainer.max_steps=8", "--ckpt_path=last", out])
+    one, two = ((tmp_path / k / "adapter" / "adapter.safetensors").read_bytes() for k in ("used", "fresh"))
+    assert one == two
+    assert 1 <= len(list((tmp_path / "used").glob("paths-*"))) <= 2  # the folder does not grow with the runs
+    with pytest.raises(SystemExit):
+        run(
+            lambda: TrainingCLI(
+                [*fit, "--model.strength=3", "--trainer.max_steps=9", "--ckpt_path=last", used]
+            )
+        )
+    assert "model.strength: expected 1.0, found 3.0" in capsys.readouterr().err
+
+
 def test_accumulated_batches_are_different_ones(trained, tmp_path, monkeypatch):
     seen, loss = [], AmortiseModule.adjoint_loss
     monkeypatch.setattr(

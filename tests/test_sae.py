@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from tiltlens.errors import UserError
 from tiltlens.modules import activation_cache
 from tiltlens.modules.activation_data import ActivationData, ImagesInTurn
 from tiltlens.modules.command_line import run
@@ -189,6 +190,9 @@ def test_resumed_is_uninterrupted(trained, folder, tmp_path):
     assert parts["global_step"] == whole["global_step"] == 7
     for name, value in whole["state_dict"].items():
         torch.testing.assert_close(parts["state_dict"][name], value, msg=lambda m, n=name: f"{n}: {m}")
+    # of the same shapes, but of something else
+    with pytest.raises(UserError, match=r"layer: expected blocks\.0, found blocks\.1"):
+        fit(tmp_path / "parts", 9, "--ckpt_path=last", "--model.layer=blocks.1")
 
 
 def test_activations_are_encoded_once(trained, folder, tmp_path, monkeypatch):

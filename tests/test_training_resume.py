@@ -216,6 +216,31 @@ def test_checkpoints_of_something_else_are_refused(start, tmp_path, capsys):
     assert "is no whole checkpoint" in refused(args, capsys)
 
 
+def test_a_run_is_resumed_as_what_it_was(start, tmp_path, capsys):
+    """What shapes do not tell: another schedule, another scale of adapters, an average without what goes on with it."""
+    out = tmp_path / "out"
+    lora = "--model.lora.rank=2"
+    TrainingCLI(arguments(start, out, 1, lora))
+    write_pixel(tmp_path / "prior", ddpm("epsilon"))
+    args = [a.replace(f"init_from={start}", f"init_from={tmp_path}") for a in arguments(start, out, 2)]
+    message = refused([*args, lora, "--ckpt_path=last"], capsys)
+    assert "prediction: expected v_prediction (variance-preserving), found epsilon" in message
+    message = refused(arguments(start, out, 2, lora, "--model.lora.alpha=8", "--ckpt_path=last"), capsys)
+    assert "model.lora.alpha / rank: expected 1.0, found 4.0" in message
+    args = [a for a in arguments(start, out, 2) if "callbacks" not in a]
+    assert "tiltlens.modules.ema.WarmEMA" in refused([*args, lora, "--ckpt_path=last"], capsys)
+    # an older one, which does not say what it is of, and weights alone
+    path = out / "checkpoints" / "last.ckpt"
+    older = checkpoint(out)
+    del older["identity"]
+    torch.save(older, path)
+    TrainingCLI(arguments(start, out, 2, lora, "--ckpt_path=last"))
+    assert checkpoint(out)["global_step"] == 2
+    torch.save({k: older[k] for k in ("state_dict", "pytorch-lightning_version")}, path)
+    message = refused(arguments(start, out, 2, lora, "--ckpt_path=last"), capsys)
+    assert "weights alone: expected a checkpoint to go on from, found no loops" in message
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -286,7 +311,10 @@ def test_weights_in_shards_are_those_of_ddp_and_resume(start, tmp_path):
     ddp, whole, parts = (checkpoint(tmp_path / name) for name in ("ddp", "whole", "parts"))
     for key in ("state_dict", "current_model_state"):
         for name, value in ddp[key].items():
-            torch.testing.assert_close(whole[key][name], value, atol=2e-5, rtol=1e-4)
+            if not name.endswith(
+                "to_k.bias"
+            ):  # softmax ignores it: its gradient is rounding, which Adam scales up
+                torch.testing.assert_close(whole[key][name], value, atol=2e-5, rtol=1e-4)
             assert torch.equal(parts[key][name], whole[key][name]), name
     of_two(start, tmp_path / "parts", 4, "shards", "--ckpt_path=last")  # at its end: no step, the same export
     prints = [load_prior(str(tmp_path / name / "prior")).fingerprint for name in ("whole", "parts")]

@@ -56,7 +56,11 @@ class EncoderModule(LightningModule):
     ):
         super().__init__()
         self.size: int | None = None
-        self.model_args, self.num_classes = dict(model_args or {}), num_classes
+        self.architecture, self.model_args, self.num_classes = (
+            architecture,
+            dict(model_args or {}),
+            num_classes,
+        )
         try:
             self.network = timm.create_model(architecture, num_classes=num_classes, **self.model_args)
         except (RuntimeError, TypeError) as error:
@@ -83,6 +87,15 @@ class EncoderModule(LightningModule):
             )
         self.class_names = found
         self.size = getattr(self.trainer.datamodule, "size", None)
+
+    def identity(self) -> dict[str, Any]:
+        """What the weights mean, for `CheckResumed`: heads, for instance, divide them without a trace in their shapes."""
+        classes = getattr(self.trainer.datamodule, "class_names", [])
+        return {
+            "model.architecture": self.architecture,
+            "model.model_args": self.model_args,
+            "classes": list(classes),
+        }
 
     def readouts(self, images: Tensor) -> list[Tensor]:
         """Logits (B, num_classes) of the network and, where its pooling leaves it out, of the cls token."""

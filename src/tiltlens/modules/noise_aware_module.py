@@ -147,6 +147,14 @@ class NoiseAwareModule(LightningModule):
                 f"data.size = {size}: the prior's images have {expected} pixels a side; set data.size to it"
             )
 
+    def identity(self) -> dict[str, Any]:
+        """What the twin reads, for `CheckResumed`; encoder and prior by their weights, wherever they lie."""
+        source, prior = self._parts
+        return {
+            "encoder_sha256": source.fingerprint, "prior_sha256": prior.fingerprint, "model.units": [place(m) for m in self.units],
+            "model.network": self.network, "model.layers": self.layers, "model.log_snr": [self.low, self.high],
+        }  # fmt: skip
+
     def on_fit_start(self) -> None:
         self.began = time.process_time()
         self._prepare()

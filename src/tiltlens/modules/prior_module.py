@@ -100,6 +100,7 @@ class PriorModule(LightningModule):
         if self.channels != expected:
             raise UserError(f"model.network: expected in_channels = {expected}, found {self.channels}")
         self.adapted = inject(self.network, lora.rank, lora.alpha, lora.targets) if lora else []
+        self.prompt, self.lora_scale = prompt, (lora.alpha or lora.rank) / lora.rank if lora else None
         self.random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.network.modules())
 
     def configure_model(self) -> None:
@@ -140,6 +141,20 @@ class PriorModule(LightningModule):
         rows = {n: getattr(self, n).expand(len(x), *getattr(self, n).shape[1:]) for n in self.condition}
         x = x.to(self.network.dtype, memory_format=torch.channels_last)
         return self._network(x, time, return_dict=False, **rows)[0][:, : self.channels]
+
+    def identity(self) -> dict[str, Any]:
+        """What the weights mean, for `CheckResumed`: a run is resumed under the same."""
+        log_snr, out = self.family.schedule.log_snr, self.family.tables["out"]
+        rows = torch.linspace(0, len(log_snr) - 1, 5).long()
+        return {
+            "prediction": f"{self.family.prediction} ({self.family.name})",
+            "noise levels": len(log_snr),
+            "log-SNR of five levels": [f"{v:.3g}" for v in log_snr[rows].tolist()],
+            "scale of the network's output": [f"{v:.3g}" for v in out[rows].tolist()],
+            "autoencoder": self.latents.folder.name if self.latents else None,
+            "model.prompt": self.prompt,
+            "model.lora.alpha / rank": self.lora_scale,
+        }
 
     @property
     def _network(self) -> nn.Module:

@@ -105,6 +105,11 @@ class SparseAutoencoderModule(LightningModule):
         self.sae.mean.copy_(mean)
         self.sae.scale.copy_(scale)
 
+    def identity(self) -> dict[str, Any]:
+        """What the latents are of, for `CheckResumed`; the encoder by its weights, wherever they lie."""
+        place = {k: self.source[k] for k in ("encoder_sha256", "layer", "tokens")}
+        return place | {"model.kind": self.sae.kind, "model.k": self.sae.k}
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         h, sae = batch["activation"], self.sae
         pre = sae.preactivations(h)
