@@ -31,6 +31,7 @@ from tiltlens.guidance.amortised import AdapterConfig, energy_of, load_control, 
 from tiltlens.guidance.control import Control, new_control
 from tiltlens.guidance.guidance import Guidance
 from tiltlens.modules.learning_rate import warm_hold_decay
+from tiltlens.modules.writing import whole_file, whole_folder
 from tiltlens.priors import load_prior
 from tiltlens.priors.prior import Prior
 from tiltlens.sampling.adjoint import (
@@ -313,13 +314,9 @@ class AmortiseModule(LightningModule):
         self.log_dict(figures, batch_size=self.paths)
         if self.round_steps > 1:
             rank_zero_info(f"round {number}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
-            part = file.with_name(f"{file.name}.part")
-            save_file(
-                {f.name: getattr(found, f.name).cpu() for f in fields(Matches)},
-                part,
-                {"figures": json.dumps(figures)},
-            )
-            part.replace(file)
+            tensors = {f.name: getattr(found, f.name).cpu() for f in fields(Matches)}
+            with whole_file(file) as part:
+                save_file(tensors, part, {"figures": json.dumps(figures)})
         return found
 
     def _tell(self, figures: dict[str, float], number: int) -> None:
@@ -380,4 +377,7 @@ class AmortiseModule(LightningModule):
             self.until,
             trained,
         )
-        return save_control(self.control, config, Path(folder) / "adapter")
+        folder = Path(folder) / "adapter"
+        with whole_folder(folder) as part:
+            save_control(self.control, config, part)
+        return folder

@@ -25,6 +25,7 @@ from torch.nn import functional
 from tiltlens.errors import UserError
 from tiltlens.modules.image_data import Batch
 from tiltlens.modules.learning_rate import warm_hold_decay
+from tiltlens.modules.writing import whole_folder
 
 
 class EncoderModule(LightningModule):
@@ -155,19 +156,20 @@ class EncoderModule(LightningModule):
         config: dict[str, Any] = {"pretrained_cfg": {"tag": None, "license": None}}
         if self.class_names:
             config["label_names"] = self.class_names
-        save_for_hf(
-            self.network,
-            out,
-            model_config=config,
-            model_args=self.model_args,
-            data_config={
-                "input_size": (3, size, size),
-                "mean": (0.5,) * 3,
-                "std": (0.5,) * 3,
-                "crop_pct": 1.0,
-            },
-            safe_serialization=True,
-        )
+        with whole_folder(out) as part:
+            save_for_hf(
+                self.network,
+                part,
+                model_config=config,
+                model_args=self.model_args,
+                data_config={
+                    "input_size": (3, size, size),
+                    "mean": (0.5,) * 3,
+                    "std": (0.5,) * 3,
+                    "crop_pct": 1.0,
+                },
+                safe_serialization=True,
+            )
         return out
 
 

@@ -23,6 +23,7 @@ from tiltlens.modules.noise_aware_gradients import reader_errors
 from tiltlens.modules.noise_aware_start import begin_with
 from tiltlens.modules.noise_aware_task import LayerTask, UnitTask
 from tiltlens.modules.own_samples import own_samples
+from tiltlens.modules.writing import whole_folder
 from tiltlens.priors import load_prior
 from tiltlens.units.combination import build_unit
 from tiltlens.units.noise_aware import TwinConfig, place, reader_of, save_twin, twin_of
@@ -304,4 +305,7 @@ class NoiseAwareModule(LightningModule):
             (self.low, self.until), [place(m) for m in self.units] or None, self.network, self.layers if self.network else None,
             trained,
         )  # fmt: skip
-        return save_twin(self.twin, config, Path(folder) / "noise-aware")
+        folder = Path(folder) / "noise-aware"
+        with whole_folder(folder) as part:
+            save_twin(self.twin, config, part)
+        return folder

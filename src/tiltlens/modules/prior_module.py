@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from tiltlens.batches import in_equal_batches
@@ -25,6 +26,7 @@ from tiltlens.modules.image_data import Batch
 from tiltlens.modules.latents import LatentCache
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
 from tiltlens.modules.sharding import gathered, is_sharded, shard
+from tiltlens.modules.writing import DISK_ERRORS
 from tiltlens.priors.families import read_family
 from tiltlens.priors.latent import Codec
 from tiltlens.priors.lora import inject, lora_parameters, merge
@@ -222,16 +224,21 @@ class PriorModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.latents:
-            self.latents.flush()
+        self._keep_latents()
         drop_frozen(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         restore_frozen(self, checkpoint)
 
     def on_train_epoch_end(self) -> None:
-        if self.latents:
-            self.latents.flush()
+        self._keep_latents()
+
+    def _keep_latents(self) -> None:
+        try:
+            if self.latents:
+                self.latents.flush()
+        except DISK_ERRORS as error:  # they are still in memory, and no reason to lose a checkpoint
+            rank_zero_warn(f"latents could not be kept in {self.latents.folder} ({error})")
 
     def export(self, folder: Path) -> Path:
         """Writes folder/prior, a diffusers pipeline with the present weights (after `fit`: the average), merged. Weights in

@@ -28,6 +28,7 @@ from tiltlens.modules.activation_cache import cached_activations, read_tokens
 from tiltlens.modules.activation_data import ActivationData
 from tiltlens.modules.image_data import Batch, ImageFolderData
 from tiltlens.modules.learning_rate import warm_hold_decay
+from tiltlens.modules.writing import whole_folder
 from tiltlens.units.near import near
 from tiltlens.units.sources import load_encoder
 from tiltlens.units.sparse_autoencoder import SparseAutoencoder
@@ -174,7 +175,10 @@ class SparseAutoencoderModule(LightningModule):
 
     def export(self, folder: Path) -> Path:
         """Writes folder/sae, addressed as sae=folder/sae#LATENT."""
-        return self.sae.save(Path(folder) / "sae", self.source)
+        folder = Path(folder) / "sae"
+        with whole_folder(folder) as part:
+            self.sae.save(part, self.source)
+        return folder
 
 
 class SparsityMetrics(Metric):
