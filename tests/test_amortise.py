@@ -3,6 +3,7 @@ is the gradient of the objective and its fixed point the optimum, and training e
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -345,6 +346,30 @@ def test_an_adapter_of_a_network_is_trained_and_sampled_from_the_command_line(pi
         run(lambda: main([*asked, "--data.strengths=[9]", f"--out={tmp_path / 'far'}"]))
     assert stop.value.code == 2
     assert "trained at strength 2" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_says_where_and_what_is_left(tmp_path, capsys):
+    args = [
+        "fit",
+        f"--config={CONFIG}",
+        f"--out={tmp_path}",
+        "--trainer.logger=false",
+        "--trainer.accelerator=cpu",
+    ]
+    args += [
+        "--model.steps=4",
+        "--model.paths=4",
+        "--model.batch_size=4",
+        "--model.pool=8",
+        "--model.learning_rate=1e200",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: TrainingCLI(args))
+    assert stop.value.code == 2
+    assert re.search(
+        r"loss = (nan|inf) at batch 1 of round 1 \(step 1\): .* no checkpoint was saved before it",
+        capsys.readouterr().err,
+    )
 
 
 @pytest.mark.parametrize("killed", [None, 8])

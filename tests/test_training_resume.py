@@ -18,7 +18,7 @@ from prior_folders import ddpm, write_pixel
 
 from tiltlens.errors import UserError
 from tiltlens.modules.command_line import run
-from tiltlens.modules.image_data import BatchStream
+from tiltlens.modules.image_data import BatchStream, ImageFolderData
 from tiltlens.modules.prior_module import LoRA, PriorModule
 from tiltlens.modules.sharding import is_sharded
 from tiltlens.modules.training_cli import TrainingCLI
@@ -173,18 +173,27 @@ def test_a_full_disk_leaves_the_old_checkpoint(start, tmp_path, capsys):
 
 
 def test_a_loss_that_is_no_number_names_its_batch(start, tmp_path, capsys, monkeypatch):
-    seeds, batches = [], BatchStream.__iter__
+    seeds, names, batches = [], [], BatchStream.__iter__
+    data = ImageFolderData(str(start / "images"), str(start / "images"), SIZE, BATCH, cache=start / "cache")
+    data.setup()
 
     def poisoned(self):
         for batch in batches(self):
             if self.position == EPOCH + 3:  # counted from 1: the third of the second epoch
                 batch["image"][0, 0, 0, 0] = float("nan")
                 seeds.append(batch["seed"])
+                names.extend(data.names(batch["rows"].tolist()))
+                shown = (data.train_set[0][batch["rows"]].float() / 127.5 - 1)[1:]
+                torch.testing.assert_close(batch["image"][1:], shown)
             yield batch
 
     monkeypatch.setattr(BatchStream, "__iter__", poisoned)
     message = refused(arguments(start, tmp_path, 4 * EPOCH), capsys)
-    assert f"loss = nan at batch 2 of epoch 1, seed {seeds[0]} (step {EPOCH + 2})" in message
+    assert (
+        f"loss = nan at batch 2 of epoch 1, seed {seeds[0]} (step {EPOCH + 2}), images {', '.join(names)}: "
+        in message
+    )
+    assert all((start / "images" / name).is_file() for name in names)
     assert "last.ckpt is the last good checkpoint" in message
     saved = checkpoint(tmp_path)
     assert saved["global_step"] == EPOCH
@@ -279,8 +288,6 @@ def test_two_processes_take_the_mean_of_their_gradients(strategy, start, tmp_pat
     steps, batch = 3, BATCH // 2
     of_two(start, tmp_path, steps, strategy)
     from lightning import Trainer
-
-    from tiltlens.modules.image_data import ImageFolderData
 
     module = PriorModule(str(start / "prior"), learning_rate=1e-3, warmup=0, decay=0)
     data = ImageFolderData(str(start / "images"), str(start / "images"), SIZE, batch, cache=start / "cache")

@@ -31,6 +31,7 @@ from tiltlens.guidance.amortised import AdapterConfig, energy_of, load_control, 
 from tiltlens.guidance.control import Control, new_control
 from tiltlens.guidance.guidance import Guidance
 from tiltlens.modules.learning_rate import warm_hold_decay
+from tiltlens.modules.step_monitor import not_finite
 from tiltlens.modules.writing import whole_file, whole_folder
 from tiltlens.priors import load_prior
 from tiltlens.priors.prior import Prior
@@ -252,11 +253,17 @@ class AmortiseModule(LightningModule):
             loss = self.adjoint_loss((step - self.warm_steps) // self.round_steps, generator)
             self.log("matching_loss", loss.detach(), prog_bar=True)
         if not bool(torch.isfinite(loss)):
-            raise UserError(
-                f"step {step}: the loss is {float(loss)}: lower model.learning_rate; OUT/checkpoints/last.ckpt is intact"
+            # at once: paths of a control that is none would end a round in an error of their own
+            where = "the warm start" if self.round is None else f"round {self.round}"
+            raise not_finite(
+                self.trainer, "loss", float(loss.detach()), f"batch {batch_idx} of {where} (step {step})"
             )
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"])
         return loss
+
+    def work_of(self, batch: int) -> tuple[str, int]:
+        """For `StepMonitor`."""
+        return "paths", self.batch_size
 
     def warm_loss(self, generator: torch.Generator) -> Tensor:
         chain, size = self.sampler.chain, self.batch_size

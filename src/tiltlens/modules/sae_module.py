@@ -130,6 +130,10 @@ class SparseAutoencoderModule(LightningModule):
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"], batch_size=len(h))
         return loss
 
+    def work_of(self, batch: Batch) -> tuple[str, int]:
+        """For `StepMonitor`."""
+        return "activations", len(batch["activation"])
+
     def gates(self, pre: Tensor) -> Tensor:
         """pre (B, M) -> open gates, 0 or 1, in training; moves the threshold."""
         sae = self.sae
