@@ -120,7 +120,7 @@ class SparseAutoencoderModule(LightningModule):
         loss = nmse
         if sae.kind == "jumprelu":
             loss = loss + (on / sae.k - 1) ** 2
-        self.idle = torch.where(opened.detach().any(0), 0, self.idle + 1)
+        self.idle = torch.where(self._over_ranks(opened.detach().amax(0)) > 0, 0, self.idle + 1)
         dead = self.idle >= self.dead_after
         if self.revival and dead.any():
             loss = loss + self.revival * self.revived(pre, error.detach(), dead)
@@ -143,13 +143,21 @@ class SparseAutoencoderModule(LightningModule):
             with torch.no_grad():
                 n = min(pre.shape[0] * sae.k, pre.numel())
                 lowest = pre.flatten().topk(n).values[-1].clamp(min=1e-6)
+                mean = self._over_ranks(
+                    lowest
+                )  # the threshold at use is one, though each rank has a batch of its own
                 if sae.kind == "jumprelu":
-                    sae.log_threshold.fill_(lowest.log())
+                    sae.log_threshold.fill_(mean.log())
                 else:
                     share = 1 / min(self.global_step + 1, 100)
-                    sae.log_threshold.copy_(sae.threshold.lerp(lowest.to(sae.threshold), share).log())
+                    sae.log_threshold.copy_(sae.threshold.lerp(mean.to(sae.threshold), share).log())
                     return (pre >= lowest).to(pre)
         return Step.apply(pre, sae.threshold)
+
+    def _over_ranks(self, value: Tensor) -> Tensor:
+        """The mean over processes; called on all of them."""
+        alone = self._trainer is None or self.trainer.world_size == 1
+        return value if alone else self.trainer.strategy.reduce(value.float(), reduce_op="mean")
 
     def revived(self, pre: Tensor, error: Tensor, dead: Tensor) -> Tensor:
         """|e - e_hat|^2 / C by the dead latents alone."""
