@@ -17,6 +17,7 @@ from PIL import Image
 from prior_folders import ddpm, write_pixel
 
 from tiltlens.errors import UserError
+from tiltlens.modules import checkpoints
 from tiltlens.modules.command_line import run
 from tiltlens.modules.image_data import BatchStream, ImageFolderData
 from tiltlens.modules.prior_module import LoRA, PriorModule
@@ -223,6 +224,23 @@ def test_checkpoints_of_something_else_are_refused(start, tmp_path, capsys):
     (tmp_path / "torn.ckpt").write_bytes((first / "checkpoints" / "last.ckpt").read_bytes()[:1000])
     args = arguments(start, tmp_path / "t", 2, f"--ckpt_path={tmp_path / 'torn.ckpt'}")
     assert "is no whole checkpoint" in refused(args, capsys)
+
+
+def test_frozen_weights_are_hashed_once_while_they_are_the_same(start, monkeypatch):
+    module, hashed, digest = PriorModule(str(start / "prior"), lora=LoRA(rank=2)), [], checkpoints._digest
+    monkeypatch.setattr(checkpoints, "_digest", lambda weights: hashed.append(1) or digest(weights))
+
+    def saved():
+        written = {"state_dict": module.state_dict()}
+        checkpoints.drop_frozen(module, written)
+        return written[checkpoints.BASE]
+
+    first = saved()
+    assert saved() == first
+    assert len(hashed) == 1
+    with torch.no_grad():
+        next(p for p in module.parameters() if not p.requires_grad).add_(1)
+    assert saved() != first
 
 
 def test_a_run_is_resumed_as_what_it_was(start, tmp_path, capsys):

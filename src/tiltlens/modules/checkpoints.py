@@ -166,6 +166,14 @@ def _digest(weights: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _known_digest(module: LightningModule, frozen: dict[str, torch.Tensor]) -> str:
+    """The digest, taken anew where a weight was moved or written to since: a large prior is not read at every saving."""
+    state = [(n, p.data_ptr(), p._version) for n, p in frozen.items()]
+    if getattr(module, "_digested", (None, ""))[0] != state:
+        module._digested = state, _digest(frozen)
+    return module._digested[1]
+
+
 def drop_frozen(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Takes the frozen weights out of a checkpoint that is about to be written; their sha256 stays."""
     frozen = _frozen(module)
@@ -174,7 +182,7 @@ def drop_frozen(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     for key in STATES:
         if key in checkpoint:
             checkpoint[key] = {n: v for n, v in checkpoint[key].items() if n not in frozen}
-    checkpoint[BASE] = _digest(frozen)
+    checkpoint[BASE] = _known_digest(module, frozen)
 
 
 def restore_frozen(module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -185,10 +193,10 @@ def restore_frozen(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     if BASE not in checkpoint:
         return
     frozen = _frozen(module)
-    if _digest(frozen) != checkpoint[BASE]:
+    if (digest := _known_digest(module, frozen)) != checkpoint[BASE]:
         raise UserError(
             "this checkpoint holds adapters of another prior than model.init_from, whose weights differ (sha256 "
-            f"{_digest(frozen)[:12]}, expected {checkpoint[BASE][:12]}): give the prior that its run began with"
+            f"{digest[:12]}, expected {checkpoint[BASE][:12]}): give the prior that its run began with"
         )
     for key in STATES:
         if key in checkpoint:
