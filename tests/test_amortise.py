@@ -3,6 +3,7 @@ is the gradient of the objective and its fixed point the optimum, and training e
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -359,6 +360,30 @@ def test_an_adapter_of_a_network_is_trained_and_sampled_from_the_command_line(pi
     assert "trained at strength 2" in capsys.readouterr().err
 
 
+def test_a_loss_that_is_no_number_says_where_and_what_is_left(tmp_path, capsys):
+    args = [
+        "fit",
+        f"--config={CONFIG}",
+        f"--out={tmp_path}",
+        "--trainer.logger=false",
+        "--trainer.accelerator=cpu",
+    ]
+    args += [
+        "--model.steps=4",
+        "--model.paths=4",
+        "--model.batch_size=4",
+        "--model.pool=8",
+        "--model.learning_rate=1e200",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: TrainingCLI(args))
+    assert stop.value.code == 2
+    assert re.search(
+        r"loss = (nan|inf) at batch 1 of round 1 \(step 1\): .* no checkpoint was saved before it",
+        capsys.readouterr().err,
+    )
+
+
 @pytest.mark.parametrize("killed", [None, 8])
 def test_a_resumed_run_is_the_uninterrupted_one(killed, trained, tmp_path, monkeypatch):
     """To the bit: a round's paths are kept, and what a step reads of them is named by the step; also where the checkpoint is of
@@ -396,6 +421,39 @@ def test_a_resumed_run_is_the_uninterrupted_one(killed, trained, tmp_path, monke
         for k in ("whole", "cut")
     ]
     assert told[0]["rounds"] == told[1]["rounds"] == -(-steps // 3)
+
+
+def test_paths_of_another_run_in_the_same_folder_are_not_taken(tmp_path, capsys):
+    """A folder in which a run at another rate went far: a new one, stopped and resumed, is that in a folder of its own."""
+    fit = [
+        "fit",
+        f"--config={CONFIG}",
+        "--trainer.logger=false",
+        "--trainer.accelerator=cpu",
+        "--model.steps=4",
+    ]
+    fit += [
+        "--model.paths=4",
+        "--model.batch_size=3",
+        "--model.round_steps=3",
+        "--model.pool=8",
+        "--model.decay=0",
+    ]
+    used, fresh = (f"--out={tmp_path / name}" for name in ("used", "fresh"))
+    TrainingCLI([*fit, "--trainer.max_steps=8", "--model.learning_rate=0.1", used])
+    for out in (used, fresh):
+        TrainingCLI([*fit, "--trainer.max_steps=2", out])
+        TrainingCLI([*fit, "--trainer.max_steps=8", "--ckpt_path=last", out])
+    one, two = ((tmp_path / k / "adapter" / "adapter.safetensors").read_bytes() for k in ("used", "fresh"))
+    assert one == two
+    assert 1 <= len(list((tmp_path / "used").glob("paths-*"))) <= 2  # the folder does not grow with the runs
+    with pytest.raises(SystemExit):
+        run(
+            lambda: TrainingCLI(
+                [*fit, "--model.strength=3", "--trainer.max_steps=9", "--ckpt_path=last", used]
+            )
+        )
+    assert "model.strength: expected 1.0, found 3.0" in capsys.readouterr().err
 
 
 def test_accumulated_batches_are_different_ones(trained, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from tiltlens.errors import UserError
 from tiltlens.modules.image_data import ImageFolderData
 from tiltlens.modules.noise_aware_gradients import gradient_error
 from tiltlens.modules.noise_aware_module import NoiseAwareModule
+from tiltlens.modules.training_cli import TrainingCLI
 from tiltlens.priors import load_prior
 from tiltlens.units import Encoder, load_encoder, register_encoder
 from tiltlens.units.noise_aware import load_twin
@@ -111,6 +112,41 @@ def test_training_brings_a_readers_gradient_nearer(folder, tmp_path):
     twin = load_twin(module.export(tmp_path / "out"), [encoder], prior.fingerprint)
     assert twin.config.trained["gradients"] == 1.0
     assert twin.config.trained["init_from"]["gradients"] == 1.0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_training_of_gradients_goes_on_as_if_nothing_had_been(folder, tmp_path, monkeypatch):
+    """Broken off in its second epoch: reader, optimizer and running errors, those of gradients too."""
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    step = NoiseAwareModule.training_step
+
+    def fit(out, *more):
+        TrainingCLI([
+            "fit", f"--out={out}", "--model=tiltlens.modules.noise_aware_module.NoiseAwareModule", "--model.encoder=slope-net",
+            f"--model.units={UNITS}", f"--model.prior={folder}", "--model.gradients=1", "--model.own=8", "--model.steps=3",
+            "--data.train=FakeData?size=16", "--data.val=FakeData?size=8", f"--data.cache={tmp_path}", "--data.size=8", "--data.batch_size=8",
+            "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.limit_val_batches=0", "--trainer.limit_train_batches=2",
+            "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.max_steps=4", *more,
+        ])  # fmt: skip
+        return torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+
+    def break_off(self, batch, number):
+        if self.global_step == 3:
+            raise RuntimeError("broken off")
+        return step(self, batch, number)
+
+    whole = fit(tmp_path / "whole")
+    monkeypatch.setattr(NoiseAwareModule, "training_step", break_off)
+    with pytest.raises(RuntimeError, match="broken off"):
+        fit(tmp_path / "parts")
+    monkeypatch.setattr(NoiseAwareModule, "training_step", step)
+    parts = fit(tmp_path / "parts", "--ckpt_path=last")
+    assert whole["global_step"] == parts["global_step"] == 4
+    assert bool((whole["state_dict"]["gradient_errors"] != 1).any())
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(parts["state_dict"][name], value), name
+    one, two = (x["optimizer_states"][0]["state"] for x in (whole, parts))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 def test_what_cannot_be_is_refused(folder, tmp_path):

@@ -1,7 +1,11 @@
 """Laws of sparse autoencoders: gates, recovery of a planted dictionary, revival, resumption; one normalisation everywhere."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from tiltlens.errors import UserError
 from tiltlens.modules import activation_cache
-from tiltlens.modules.activation_data import ActivationData, ImagesInTurn
+from tiltlens.modules.activation_data import ActivationData, ActivationStream, ImagesInTurn
 from tiltlens.modules.command_line import run
 from tiltlens.modules.image_data import BatchStream, ImageFolderData, to_unit_range
 from tiltlens.modules.sae_module import BANDWIDTH, SparseAutoencoderModule, Step, moments
@@ -28,6 +33,7 @@ from tiltlens.units.sparse_autoencoder import (
     read_config,
 )
 
+TRAIN = Path(__file__).parents[1] / "train.py"
 SIZE = 16
 VIT = {"img_size": SIZE, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 1}
 
@@ -189,6 +195,36 @@ def test_resumed_is_uninterrupted(trained, folder, tmp_path):
     assert parts["global_step"] == whole["global_step"] == 7
     for name, value in whole["state_dict"].items():
         torch.testing.assert_close(parts["state_dict"][name], value, msg=lambda m, n=name: f"{n}: {m}")
+    # of the same shapes, but of something else
+    with pytest.raises(UserError, match=r"layer: expected blocks\.0, found blocks\.1"):
+        fit(tmp_path / "parts", 9, "--ckpt_path=last", "--model.layer=blocks.1")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")
+def test_two_processes_have_one_threshold_and_one_count_of_dead_latents(folder, tmp_path):
+    """After a step: the mean of both batches' thresholds, and dead is what was off in both. The weights stand still."""
+    more = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
+    args = arguments(folder, tmp_path, *more, learning_rate=1e-12, rows=32)
+    cli = TrainingCLI(args)
+    two = [*args, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    done = subprocess.run([sys.executable, str(TRAIN), *two], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    activations, module = cli.datamodule.train_set, cli.model
+    module.load_state_dict(found)
+    pre = [
+        module.sae.preactivations(
+            next(iter(ActivationStream(activations, 32, 0, True, rank=r, ranks=2)))["activation"]
+        )
+        for r in (0, 1)
+    ]
+    lowest = torch.stack([p.flatten().topk(32 * SMALL["k"]).values[-1] for p in pre])
+    assert lowest[0] != lowest[1]
+    torch.testing.assert_close(found["sae.log_threshold"].exp(), lowest.mean())
+    on = [(p >= v).any(0) for p, v in zip(pre, lowest)]
+    assert not on[0].equal(on[1])
+    assert found["idle"].equal((~(on[0] | on[1])).long())
 
 
 def test_activations_are_encoded_once(trained, folder, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from diffusers import DDPMPipeline
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import Timer, model_checkpoint
 from PIL import Image
 from prior_folders import ddpm, edm, flow, write_pixel
 
@@ -21,6 +21,7 @@ from tiltlens.modules.image_data import BatchStream, ImageFolderData
 from tiltlens.modules.learning_rate import rate, warm_hold_decay
 from tiltlens.modules.prior_module import PriorModule
 from tiltlens.modules.training_cli import TrainingCLI
+from tiltlens.priors import load_prior
 from tiltlens.priors.families import read_family
 from tiltlens.run_folder import RunFolder
 
@@ -132,6 +133,48 @@ def test_resumed_is_uninterrupted(folder, tmp_path):
     for key in ("state_dict", "current_model_state"):
         for name, value in one[key].items():
             torch.testing.assert_close(two[key][name], value, msg=lambda m, n=name, k=key: f"{k} {n}: {m}")
+    # Resumed at its end it trains no step, and exports the average again.
+    before = load_prior(str(parts / "prior")).fingerprint
+    TrainingCLI(arguments(folder, parts, "prior", constant, "--trainer.max_steps=7", "--ckpt_path=last"))
+    assert load_prior(str(parts / "prior")).fingerprint == before
+
+
+@pytest.mark.parametrize("kind", ["prior", "encoder"])
+def test_a_checkpoint_by_the_clock_is_gone_on_with(kind, folder, tmp_path, monkeypatch):
+    """Due inside accumulated gradients it waits for their step; with validation by batches, and averages of weights that Muon or
+    AdamW moves. The run is broken off a batch later, inside its epoch."""
+    settings, module = {"prior": (PRIOR, PriorModule), "encoder": (ENCODER, EncoderModule)}[kind]
+    seen, step = [], module.training_step  # a batch is a second
+    monkeypatch.setattr(model_checkpoint, "time", SimpleNamespace(monotonic=lambda: float(len(seen))))
+
+    def broken_off(self, batch, number):
+        seen.append(number)
+        if len(seen) == 5:
+            raise RuntimeError("broken off")
+        return step(self, batch, number)
+
+    def fit(out, *more):
+        seen.clear()
+        TrainingCLI(arguments(
+            folder, out, kind, settings | {"warmup": 0.1}, "--save_minutes=0.05", "--trainer.max_steps=5",
+            "--trainer.limit_val_batches=1",            "--trainer.accumulate_grad_batches=2", "--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=2", *more,
+        ))  # fmt: skip
+        return torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+
+    whole = fit(tmp_path / "whole")
+    monkeypatch.setattr(module, "training_step", broken_off)
+    with pytest.raises(RuntimeError, match="broken off"):
+        fit(tmp_path / "parts")
+    kept = torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (kept["epoch"], kept["global_step"]) == (0, 2)
+    monkeypatch.setattr(module, "training_step", step)
+    parts = fit(tmp_path / "parts", "--ckpt_path=last")
+    assert parts["global_step"] == whole["global_step"] == 5
+    for key in ("state_dict", "current_model_state"):
+        for name, value in whole[key].items():
+            assert torch.equal(parts[key][name], value), f"{key} {name}"
+    one, two = (o["optimizer_states"][0]["state"] for o in (whole, parts))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 def test_average_obeys_its_closed_form():

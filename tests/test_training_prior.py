@@ -118,6 +118,22 @@ def test_latents_are_encoded_once(tmp_path):
     assert other.folder != first.folder
 
 
+def test_a_cache_that_cannot_be_written_costs_no_checkpoint(tmp_path):
+    """The latents stay in memory and are written when there is room again."""
+    write_dit(tmp_path / "start", kind="kl")
+    module = PriorModule(str(tmp_path / "start"), latent_cache=tmp_path / "cache")
+    module.latents(BATCHES[0]["image"])
+    (tmp_path / "cache").write_text("in the way")
+    checkpoint = {"state_dict": module.state_dict()}
+    with pytest.warns(UserWarning, match="latents could not be kept in"):
+        module.on_save_checkpoint(checkpoint)
+    (tmp_path / "cache").unlink()
+    module.on_save_checkpoint(checkpoint)
+    again = LatentCache(module.latents.codec, tmp_path / "cache")
+    again(BATCHES[0]["image"])
+    assert again.encoded == 0
+
+
 def test_dropout_is_named_by_the_batch(tmp_path):
     write_pixel(tmp_path, ddpm(), dropout=0.5)
     losses = []

@@ -17,8 +17,9 @@ from PIL import Image
 from prior_folders import ddpm, write_pixel
 
 from tiltlens.errors import UserError
+from tiltlens.modules import checkpoints
 from tiltlens.modules.command_line import run
-from tiltlens.modules.image_data import BatchStream
+from tiltlens.modules.image_data import BatchStream, ImageFolderData
 from tiltlens.modules.prior_module import LoRA, PriorModule
 from tiltlens.modules.sharding import is_sharded
 from tiltlens.modules.training_cli import TrainingCLI
@@ -173,18 +174,27 @@ def test_a_full_disk_leaves_the_old_checkpoint(start, tmp_path, capsys):
 
 
 def test_a_loss_that_is_no_number_names_its_batch(start, tmp_path, capsys, monkeypatch):
-    seeds, batches = [], BatchStream.__iter__
+    seeds, names, batches = [], [], BatchStream.__iter__
+    data = ImageFolderData(str(start / "images"), str(start / "images"), SIZE, BATCH, cache=start / "cache")
+    data.setup()
 
     def poisoned(self):
         for batch in batches(self):
             if self.position == EPOCH + 3:  # counted from 1: the third of the second epoch
                 batch["image"][0, 0, 0, 0] = float("nan")
                 seeds.append(batch["seed"])
+                names.extend(data.names(batch["rows"].tolist()))
+                shown = (data.train_set[0][batch["rows"]].float() / 127.5 - 1)[1:]
+                torch.testing.assert_close(batch["image"][1:], shown)
             yield batch
 
     monkeypatch.setattr(BatchStream, "__iter__", poisoned)
     message = refused(arguments(start, tmp_path, 4 * EPOCH), capsys)
-    assert f"loss = nan at batch 2 of epoch 1, seed {seeds[0]} (step {EPOCH + 2})" in message
+    assert (
+        f"loss = nan at batch 2 of epoch 1, seed {seeds[0]} (step {EPOCH + 2}), images {', '.join(names)}: "
+        in message
+    )
+    assert all((start / "images" / name).is_file() for name in names)
     assert "last.ckpt is the last good checkpoint" in message
     saved = checkpoint(tmp_path)
     assert saved["global_step"] == EPOCH
@@ -214,6 +224,48 @@ def test_checkpoints_of_something_else_are_refused(start, tmp_path, capsys):
     (tmp_path / "torn.ckpt").write_bytes((first / "checkpoints" / "last.ckpt").read_bytes()[:1000])
     args = arguments(start, tmp_path / "t", 2, f"--ckpt_path={tmp_path / 'torn.ckpt'}")
     assert "is no whole checkpoint" in refused(args, capsys)
+
+
+def test_frozen_weights_are_hashed_once_while_they_are_the_same(start, monkeypatch):
+    module, hashed, digest = PriorModule(str(start / "prior"), lora=LoRA(rank=2)), [], checkpoints._digest
+    monkeypatch.setattr(checkpoints, "_digest", lambda weights: hashed.append(1) or digest(weights))
+
+    def saved():
+        written = {"state_dict": module.state_dict()}
+        checkpoints.drop_frozen(module, written)
+        return written[checkpoints.BASE]
+
+    first = saved()
+    assert saved() == first
+    assert len(hashed) == 1
+    with torch.no_grad():
+        next(p for p in module.parameters() if not p.requires_grad).add_(1)
+    assert saved() != first
+
+
+def test_a_run_is_resumed_as_what_it_was(start, tmp_path, capsys):
+    """What shapes do not tell: another schedule, another scale of adapters, an average without what goes on with it."""
+    out = tmp_path / "out"
+    lora = "--model.lora.rank=2"
+    TrainingCLI(arguments(start, out, 1, lora))
+    write_pixel(tmp_path / "prior", ddpm("epsilon"))
+    args = [a.replace(f"init_from={start}", f"init_from={tmp_path}") for a in arguments(start, out, 2)]
+    message = refused([*args, lora, "--ckpt_path=last"], capsys)
+    assert "prediction: expected v_prediction (variance-preserving), found epsilon" in message
+    message = refused(arguments(start, out, 2, lora, "--model.lora.alpha=8", "--ckpt_path=last"), capsys)
+    assert "model.lora.alpha / rank: expected 1.0, found 4.0" in message
+    args = [a for a in arguments(start, out, 2) if "callbacks" not in a]
+    assert "tiltlens.modules.ema.WarmEMA" in refused([*args, lora, "--ckpt_path=last"], capsys)
+    # an older one, which does not say what it is of, and weights alone
+    path = out / "checkpoints" / "last.ckpt"
+    older = checkpoint(out)
+    del older["identity"]
+    torch.save(older, path)
+    TrainingCLI(arguments(start, out, 2, lora, "--ckpt_path=last"))
+    assert checkpoint(out)["global_step"] == 2
+    torch.save({k: older[k] for k in ("state_dict", "pytorch-lightning_version")}, path)
+    message = refused(arguments(start, out, 2, lora, "--ckpt_path=last"), capsys)
+    assert "weights alone: expected a checkpoint to go on from, found no loops" in message
 
 
 @pytest.mark.parametrize(
@@ -255,8 +307,6 @@ def test_two_processes_take_the_mean_of_their_gradients(strategy, start, tmp_pat
     of_two(start, tmp_path, steps, strategy)
     from lightning import Trainer
 
-    from tiltlens.modules.image_data import ImageFolderData
-
     module = PriorModule(str(start / "prior"), learning_rate=1e-3, warmup=0, decay=0)
     data = ImageFolderData(str(start / "images"), str(start / "images"), SIZE, batch, cache=start / "cache")
     data.setup()
@@ -286,8 +336,14 @@ def test_weights_in_shards_are_those_of_ddp_and_resume(start, tmp_path):
     ddp, whole, parts = (checkpoint(tmp_path / name) for name in ("ddp", "whole", "parts"))
     for key in ("state_dict", "current_model_state"):
         for name, value in ddp[key].items():
-            torch.testing.assert_close(whole[key][name], value, atol=2e-5, rtol=1e-4)
+            if not name.endswith(
+                "to_k.bias"
+            ):  # softmax ignores it: its gradient is rounding, which Adam scales up
+                torch.testing.assert_close(whole[key][name], value, atol=2e-5, rtol=1e-4)
             assert torch.equal(parts[key][name], whole[key][name]), name
+    of_two(start, tmp_path / "parts", 4, "shards", "--ckpt_path=last")  # at its end: no step, the same export
+    prints = [load_prior(str(tmp_path / name / "prior")).fingerprint for name in ("whole", "parts")]
+    assert prints[0] == prints[1]
     exported = load_prior(str(tmp_path / "whole" / "prior")).denoiser.network
     for name, value in exported.state_dict().items():
         assert torch.equal(value, whole["state_dict"][name]), name

@@ -6,7 +6,6 @@ were kept and every pixel: nothing that changes the numbers leaves the name as i
 
 import hashlib
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from tiltlens.errors import UserError
 from tiltlens.modules.image_data import Batch
+from tiltlens.modules.writing import whole_file
 from tiltlens.units.encoder import Encoder
 from tiltlens.units.readout import positions
 
@@ -47,10 +47,8 @@ def cached_activations(
     if not path.is_file():
         rows = _encode(encoder.to(device), images, layer, tokens, per_image)
         encoder.cpu()  # the accelerator's memory is for training
-        cache.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        safetensors.torch.save_file({"activations": rows}, part)
-        part.replace(path)  # the name appears only when the file is whole
+        with whole_file(path) as part:
+            safetensors.torch.save_file({"activations": rows}, part)
     return safetensors.torch.load_file(path)["activations"]
 
 

@@ -5,10 +5,11 @@ The soft-constraint objective s E_q[E] + path KL over the discrete chain, whose 
 them. A pool of unguided samples says beforehand what is natural; denoising score matching on it, re-weighted
 (`tiltlens.sampling.warm_start`), may lead the way for `warm_steps`.
 
-No images are needed. A round draws its paths from seeds that its number names, and its paths are kept in the run's folder, so that
-a resumed run goes on as it was.
+No images are needed. A round draws its paths from seeds that its number names, and its paths are kept in the run's folder, by the
+name of what drew them, so that a resumed run goes on as it was.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,10 +27,12 @@ from torch import Tensor
 from tiltlens.constraint import RowConstraint
 from tiltlens.energies import Energy, Linear
 from tiltlens.errors import UserError
-from tiltlens.guidance.amortised import AdapterConfig, load_control, save_control
+from tiltlens.guidance.amortised import AdapterConfig, energy_of, load_control, save_control
 from tiltlens.guidance.control import Control, new_control
 from tiltlens.guidance.guidance import Guidance
 from tiltlens.modules.learning_rate import warm_hold_decay
+from tiltlens.modules.step_monitor import not_finite
+from tiltlens.modules.writing import whole_file, whole_folder
 from tiltlens.priors import load_prior
 from tiltlens.priors.prior import Prior
 from tiltlens.sampling.adjoint import (
@@ -155,11 +158,12 @@ class AmortiseModule(LightningModule):
         self.sampler: Sampler | None = None
         self.matches: Matches | None = None
         self.round: int | None = None
+        self.drawn_by: str | None = None  # names what drew the round's paths
+        # [round, what drew its paths] of the last checkpoint, and of the one that this run was resumed from
+        self.stood_in: list | None = None
+        self.resumed_in: list | None = None
         self.figures: list[dict[str, float]] = []  # a round each, of its paths
         self.spent = 0.0  # processor seconds, before a resume
-        self.kept_from = self.saved_round = (
-            0  # rounds: the first whose paths lie in the folder, that of the last checkpoint
-        )
 
     def setup(self, stage: str) -> None:
         if self.trainer.precision != "32-true":
@@ -167,6 +171,14 @@ class AmortiseModule(LightningModule):
                 f"trainer.precision = {self.trainer.precision}: the chain runs in float32; the precision of the prior's "
                 "network is --model.precision bfloat16"
             )
+
+    def identity(self) -> dict[str, Any]:
+        """What the control is of, for `CheckResumed`; prior and unit by their numbers, wherever they lie."""
+        prior, bank, _ = self._parts
+        return {
+            "prior": prior.law[:12], "unit": f"{bank.units[0].name} {bank.units[0].fingerprint[:12]}", "energy": energy_of(self.energy),
+            "model.strength": self.strength, "chain": self.chain_settings, "model.until": self.until,
+        }  # fmt: skip
 
     @property
     def control(self) -> Control:
@@ -240,11 +252,17 @@ class AmortiseModule(LightningModule):
             loss = self.adjoint_loss((step - self.warm_steps) // self.round_steps, generator)
             self.log("matching_loss", loss.detach(), prog_bar=True)
         if not bool(torch.isfinite(loss)):
-            raise UserError(
-                f"step {step}: the loss is {float(loss)}: lower model.learning_rate; OUT/checkpoints/last.ckpt is intact"
+            # at once: paths of a control that is none would end a round in an error of their own
+            where = "the warm start" if self.round is None else f"round {self.round}"
+            raise not_finite(
+                self.trainer, "loss", float(loss.detach()), f"batch {batch_idx} of {where} (step {step})"
             )
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"])
         return loss
+
+    def work_of(self, batch: int) -> tuple[str, int]:
+        """For `StepMonitor`."""
+        return "paths", self.batch_size
 
     def warm_loss(self, generator: torch.Generator) -> Tensor:
         chain, size = self.sampler.chain, self.batch_size
@@ -268,13 +286,18 @@ class AmortiseModule(LightningModule):
         return matching_loss(self.sampler.chain, self.control, self.matches, paths, numbers, weights)
 
     def begin(self, number: int) -> Matches:
-        """The paths of a round; those of the round that a resumed run stands in lie in its folder."""
+        """The paths of a round: those in the run's folder where the same control drew them, and those that the checkpoint of a
+        resumed run was trained on; else they are drawn."""
         rank, ranks = self.global_rank, self.trainer.world_size
-        file = self._paths(number)
-        if file.is_file() and self.trainer.ckpt_path is not None:
+        resumed = self.resumed_in is not None and self.resumed_in[0] == number
+        self.drawn_by = self.resumed_in[1] if resumed else self._drawer(number)
+        file = self._paths(number, self.drawn_by)
+        if file.is_file():
             with safe_open(file, "pt") as stored:
                 self._tell(json.loads(stored.metadata()["figures"]), number)
             return Matches(**{k: v.to(self.device) for k, v in load_file(file).items()})
+        if resumed and self.round_steps > 1:
+            rank_zero_warn(f"round {number} of the checkpoint: {file} is not there, its paths are drawn anew")
         chain, strength = self.sampler.chain, self.strength * min(1.0, (number + 1) / self.ramp)
         first, parts, seen = (number * ranks + rank) * self.paths, [], []
         size = (
@@ -297,32 +320,43 @@ class AmortiseModule(LightningModule):
         self.log_dict(figures, batch_size=self.paths)
         if self.round_steps > 1:
             rank_zero_info(f"round {number}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
-            part = file.with_name(f"{file.name}.part")
-            save_file(
-                {f.name: getattr(found, f.name).cpu() for f in fields(Matches)},
-                part,
-                {"figures": json.dumps(figures)},
-            )
-            part.replace(file)
+            tensors = {f.name: getattr(found, f.name).cpu() for f in fields(Matches)}
+            with whole_file(file) as part:
+                save_file(tensors, part, {"figures": json.dumps(figures)})
         return found
 
     def _tell(self, figures: dict[str, float], number: int) -> None:
         """What came of a round's paths; rounds after it, of a run that was broken off, are forgotten."""
         self.figures = [*self.figures[:number], figures]
 
-    def _paths(self, number: int) -> Path:
-        return Path(self.trainer.default_root_dir) / f"paths-{self.global_rank}-{number}.safetensors"
+    def _drawer(self, number: int) -> str:
+        """Names all that a round's paths depend on, but for its number and the rank: a folder may hold those of other runs."""
+        told = [self.identity(), self.paths, min(1.0, (number + 1) / self.ramp), self.trainer.world_size]
+        digest = hashlib.sha256(json.dumps(told).encode())
+        for factor in self.control.trained():
+            digest.update(factor.detach().cpu().contiguous().numpy())
+        return digest.hexdigest()[:16]
+
+    def _paths(self, number: int, drawn_by: str) -> Path:
+        name = f"paths-{self.global_rank}-{number}-{drawn_by}.safetensors"
+        return Path(self.trainer.default_root_dir) / name
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Figures and cost so far. Paths of rounds before the checkpoint that this one replaces are not asked for again."""
-        checkpoint["amortise"] = {"figures": self.figures, "seconds": time.process_time() - self.seconds}
-        for number in range(self.kept_from, self.saved_round):
-            self._paths(number).unlink(missing_ok=True)
-        self.kept_from, self.saved_round = self.saved_round, self.round or 0
+        """Figures and cost so far, and which paths are in use. Those of other rounds are not asked for again, but for the one of
+        the checkpoint that this one replaces: it may not come to be written."""
+        stands_in = None if self.round is None else [self.round, self.drawn_by]
+        seconds = time.process_time() - self.seconds
+        checkpoint["amortise"] = {"figures": self.figures, "seconds": seconds, "stands_in": stands_in}
+        kept = [self._paths(*rounds) for rounds in (self.stood_in, stands_in) if rounds]
+        for file in Path(self.trainer.default_root_dir).glob(f"paths-{self.global_rank}-*.safetensors"):
+            if file not in kept:
+                file.unlink(missing_ok=True)
+        self.stood_in = stands_in
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         told = checkpoint.get("amortise", {})
         self.figures, self.spent = list(told.get("figures", [])), float(told.get("seconds", 0.0))
+        self.stood_in = self.resumed_in = told.get("stands_in")
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(
@@ -349,4 +383,7 @@ class AmortiseModule(LightningModule):
             self.until,
             trained,
         )
-        return save_control(self.control, config, Path(folder) / "adapter")
+        folder = Path(folder) / "adapter"
+        with whole_folder(folder) as part:
+            save_control(self.control, config, part)
+        return folder

@@ -68,7 +68,7 @@ class BatchStream:
         parts = [order[k * self.batch_size : (k + 1) * self.batch_size] for k in range(start, len(self))]
         if isinstance(self.images, Tensor):
             for rows in parts:
-                yield self._batch(self.images[rows], self.labels[rows])
+                yield self._batch(self.images[rows], rows)
             return
         with ThreadPoolExecutor(1) as ahead:  # the next batch is decoded while the network has this one
             waiting = [ahead.submit(self._decode, parts[0], self.position)]
@@ -76,12 +76,12 @@ class BatchStream:
                 images, rows = waiting.pop().result()
                 if k + 1 < len(parts):
                     waiting.append(ahead.submit(self._decode, parts[k + 1], self.position + 1))
-                yield self._batch(images, self.labels[rows])
+                yield self._batch(images, rows)
 
-    def _batch(self, images: Tensor, labels: Tensor) -> Batch:
+    def _batch(self, images: Tensor, rows: Tensor) -> Batch:
         seed = self._name(self.position, 1 + self.rank)
         self.position += 1
-        return {"image": to_unit_range(images), "label": labels, "seed": seed}
+        return {"image": to_unit_range(images), "label": self.labels[rows], "seed": seed, "rows": rows}
 
     def _decode(self, rows: Tensor, position: int) -> tuple[Tensor, Tensor]:
         at = None

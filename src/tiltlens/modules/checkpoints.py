@@ -2,11 +2,12 @@
 
 - `WholeCheckpointIO` writes beside the old file and renames: a full disk or a kill leaves the old checkpoint as it was.
 - `StepCheckpoint` saves between optimizer steps alone; within accumulated gradients nothing can be gone on with.
-- `CheckResumed` holds a checkpoint's keys and shapes against the module before anything is loaded.
+- `CheckResumed` holds a checkpoint's keys and shapes, and what it was trained for, against the module before anything is loaded.
 - `drop_frozen`, `restore_frozen`: frozen weights are those of a prior on disk, and no part of a checkpoint.
 """
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,13 +15,14 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from tiltlens.errors import UserError
 
 STATES = ("state_dict", "current_model_state")  # with an average: the average, the weights to go on from
 BASE = "frozen_sha256"
+IDENTITY = "identity"
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -67,7 +69,9 @@ class StepCheckpoint(ModelCheckpoint):
 class CheckResumed(Callback):
     """Holds the checkpoint to resume from against the module before it is loaded; and ends an epoch that was over.
 
-    asked: --ckpt_path. Raises UserError where keys or shapes differ, and names them.
+    asked: --ckpt_path. Raises UserError where keys or shapes differ, where `module.identity()`, plain values by name that say
+    what is trained, is not what the checkpoint's run had, and where an average of the weights would be taken for the
+    weights; and names what differs. Checkpoints that know of no identity are held against keys and shapes alone.
     """
 
     def __init__(self, asked: str | None):
@@ -80,34 +84,71 @@ class CheckResumed(Callback):
         if path is None or not Path(path).is_file():  # Lightning says what else may be wrong with it
             return
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            found = checkpoint["state_dict"]
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
             raise UserError(f"{path} is no whole checkpoint ({_first_line(error)})") from error
-        expected, frozen = pl_module.state_dict(), _frozen(pl_module)
-        missing = [n for n in expected if n not in found and n not in frozen]
-        unknown = [n for n in found if n not in expected]
-        shapes = [
-            f"{n} {tuple(found[n].shape)} instead of {tuple(expected[n].shape)}"
-            for n in expected
-            if n in found and found[n].shape != expected[n].shape
-        ]
-        if missing or unknown or shapes:
-            kinds = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
-            told = "; ".join(f"{len(names)} {kind} ({_few(names)})" for kind, names in kinds if names)
+        advice = "Resume with the config of its run (config.yaml beside its folder), or leave --ckpt_path out"
+        if told := _misfits(pl_module, found):
             raise UserError(
-                f"{path} is a checkpoint of another architecture than this {type(pl_module).__name__}. Keys: {told}. "
-                "Resume with the config of its run (config.yaml beside its folder), or leave --ckpt_path out"
+                f"{path} is a checkpoint of another architecture than this {type(pl_module).__name__}. Keys: {told}. {advice}"
             )
+        if differing := _differing(checkpoint.get(IDENTITY, {}), identity_of(pl_module)):
+            raise UserError(
+                f"{path} is a checkpoint of something else than this {type(pl_module).__name__}: {differing}. {advice}"
+            )
+        if stage == "fit" and (lacking := [k for k in ("loops", "optimizer_states") if k not in checkpoint]):
+            raise UserError(
+                f"{path} holds weights alone: expected a checkpoint to go on from, found no {' and no '.join(lacking)}. {advice}"
+            )
+        averages = any(isinstance(c, WeightAveraging) for c in trainer.callbacks)
+        if stage == "fit" and STATES[1] in checkpoint and not averages:
+            raise UserError(
+                f"{path} holds an average of the weights beside them: expected the callback that goes on with it, found none. "
+                "Add --trainer.callbacks+=tiltlens.modules.ema.WarmEMA with the decay of its run, or leave --ckpt_path out"
+            )
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[IDENTITY] = identity_of(pl_module)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # Lightning resumes a checkpoint of an epoch's end inside that epoch, one batch too long: with accumulated
         # gradients that batch would be a step of its own.
+        if "loops" not in checkpoint:  # weights alone, to be validated
+            return
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         if progress["is_last_batch"] and progress["current"]["completed"] == progress["current"]["ready"]:
             progress["is_last_batch"] = False
             progress["current"] = dict.fromkeys(progress["current"], 0)
+
+
+def identity_of(module: LightningModule) -> dict[str, Any]:
+    """`module.identity()` as json has it, so that a file gives back what is equal; nothing for modules without one."""
+    return json.loads(json.dumps(module.identity())) if hasattr(module, "identity") else {}
+
+
+def _differing(expected: dict[str, Any], found: dict[str, Any]) -> str:
+    """Entries that both have: a newer version may know of more."""
+    wrong = [k for k in expected if k in found and expected[k] != found[k]]
+    return "; ".join(f"{k}: expected {expected[k]}, found {found[k]}" for k in wrong)
+
+
+def _misfits(module: LightningModule, found: dict[str, torch.Tensor]) -> str:
+    """Keys that are missing, unknown or of another shape, in words; '' if none."""
+    expected, frozen = module.state_dict(), _frozen(module)
+    missing = [n for n in expected if n not in found and n not in frozen]
+    unknown = [n for n in found if n not in expected]
+    shapes = [
+        f"{n} {tuple(found[n].shape)} instead of {tuple(expected[n].shape)}"
+        for n in expected
+        if n in found and found[n].shape != expected[n].shape
+    ]
+    kinds = (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+    return "; ".join(f"{len(names)} {kind} ({_few(names)})" for kind, names in kinds if names)
 
 
 def _few(names: list[str], n: int = 3) -> str:
@@ -125,6 +166,14 @@ def _digest(weights: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _known_digest(module: LightningModule, frozen: dict[str, torch.Tensor]) -> str:
+    """The digest, taken anew where a weight was moved or written to since: a large prior is not read at every saving."""
+    state = [(n, p.data_ptr(), p._version) for n, p in frozen.items()]
+    if getattr(module, "_digested", (None, ""))[0] != state:
+        module._digested = state, _digest(frozen)
+    return module._digested[1]
+
+
 def drop_frozen(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Takes the frozen weights out of a checkpoint that is about to be written; their sha256 stays."""
     frozen = _frozen(module)
@@ -133,7 +182,7 @@ def drop_frozen(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     for key in STATES:
         if key in checkpoint:
             checkpoint[key] = {n: v for n, v in checkpoint[key].items() if n not in frozen}
-    checkpoint[BASE] = _digest(frozen)
+    checkpoint[BASE] = _known_digest(module, frozen)
 
 
 def restore_frozen(module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -144,10 +193,10 @@ def restore_frozen(module: LightningModule, checkpoint: dict[str, Any]) -> None:
     if BASE not in checkpoint:
         return
     frozen = _frozen(module)
-    if _digest(frozen) != checkpoint[BASE]:
+    if (digest := _known_digest(module, frozen)) != checkpoint[BASE]:
         raise UserError(
             "this checkpoint holds adapters of another prior than model.init_from, whose weights differ (sha256 "
-            f"{_digest(frozen)[:12]}, expected {checkpoint[BASE][:12]}): give the prior that its run began with"
+            f"{digest[:12]}, expected {checkpoint[BASE][:12]}): give the prior that its run began with"
         )
     for key in STATES:
         if key in checkpoint:

@@ -1,7 +1,7 @@
 """What the two command lines share: `--out`, near names, and exit status 2 with one clear message for a user's error.
 
 `run(main)` is the outermost call of train.py and sample.py. An error that can be put right by whoever typed
-the command (a wrong key, a missing folder, a value out of range) is told in one message; anything else is a
+the command (a wrong key, a missing folder, a value out of range, a full disk) is told in one message; anything else is a
 fault of this program and keeps its traceback.
 """
 
@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from tiltlens.errors import UserError
+from tiltlens.modules.writing import DISK_ERRORS, no_room
 
 USER_ERRORS = (
     ValueError,
@@ -37,6 +38,11 @@ def run(main: Callable[[], object]) -> None:
         main()
     except USER_ERRORS as error:
         print(f"error: {_text(error)}", file=sys.stderr)
+        sys.exit(2)
+    except DISK_ERRORS as error:
+        if not no_room(error):
+            raise
+        print(f"error: {_text(error)}: a disk is full, make room", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

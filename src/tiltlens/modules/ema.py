@@ -43,7 +43,7 @@ class WarmEMA(WeightAveraging):
         self.decay, self._rule = decay, average
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._sharded = is_sharded(trainer)
+        self._sharded, self._handed = is_sharded(trainer), False
         if stage == "fit" and not self._sharded:
             # In this hook the module still lies in main memory; its average belongs where it will be trained.
             device = trainer.strategy.root_device
@@ -52,6 +52,16 @@ class WarmEMA(WeightAveraging):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._sharded:  # the weights have become shards since setup
             self._average_model = ShardedAverage(pl_module, self._rule)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self._handed = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A run that is resumed at its end trains no step, and `on_train_end` is not called: the weights to go on from,
+        # which a checkpoint puts into the module, would be exported.
+        if not self._handed:
+            self.on_train_end(trainer, pl_module)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

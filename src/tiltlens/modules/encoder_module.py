@@ -25,6 +25,7 @@ from torch.nn import functional
 from tiltlens.errors import UserError
 from tiltlens.modules.image_data import Batch
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
+from tiltlens.modules.writing import whole_folder
 
 
 class EncoderModule(LightningModule):
@@ -62,7 +63,11 @@ class EncoderModule(LightningModule):
         if not 0 <= degraded <= 1:
             raise UserError(f"model.degraded = {degraded}: expected a share of the images, 0 to 1")
         self.size: int | None = None
-        self.model_args, self.num_classes = dict(model_args or {}), num_classes
+        self.architecture, self.model_args, self.num_classes = (
+            architecture,
+            dict(model_args or {}),
+            num_classes,
+        )
         try:
             self.network = timm.create_model(architecture, num_classes=num_classes, **self.model_args)
         except (RuntimeError, TypeError) as error:
@@ -112,6 +117,15 @@ class EncoderModule(LightningModule):
             ) from error
         finally:
             self.network.train(training)
+
+    def identity(self) -> dict[str, Any]:
+        """What the weights mean, for `CheckResumed`: heads, for instance, divide them without a trace in their shapes."""
+        classes = getattr(self.trainer.datamodule, "class_names", [])
+        return {
+            "model.architecture": self.architecture,
+            "model.model_args": self.model_args,
+            "classes": list(classes),
+        }
 
     def readouts(self, images: Tensor) -> list[Tensor]:
         """Logits (B, num_classes) of the network and, where its pooling leaves it out, of the cls token."""
@@ -171,19 +185,20 @@ class EncoderModule(LightningModule):
         config: dict[str, Any] = {"pretrained_cfg": {"tag": None, "license": None}}
         if self.class_names:
             config["label_names"] = self.class_names
-        save_for_hf(
-            self.network,
-            out,
-            model_config=config,
-            model_args=self.model_args,
-            data_config={
-                "input_size": (3, size, size),
-                "mean": (0.5,) * 3,
-                "std": (0.5,) * 3,
-                "crop_pct": 1.0,
-            },
-            safe_serialization=True,
-        )
+        with whole_folder(out) as part:
+            save_for_hf(
+                self.network,
+                part,
+                model_config=config,
+                model_args=self.model_args,
+                data_config={
+                    "input_size": (3, size, size),
+                    "mean": (0.5,) * 3,
+                    "std": (0.5,) * 3,
+                    "crop_pct": 1.0,
+                },
+                safe_serialization=True,
+            )
         return out
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ SHARE = 0.05  # held out of data.train where neither data.val nor a number is gi
 
 
 class ImageFolderData(LightningDataModule):
-    """Batches {image (B, 3, size, size) in [-1, 1], label (B,), seed: an integer, the batch's randomness}.
+    """Batches {image (B, 3, size, size) in [-1, 1], label (B,), seed: an integer, the batch's randomness, rows (B,) of the set}.
 
     train, val: folders of images, nested at will; the first folder below the root is the class (label -1
     where images lie in the root itself). Or another source, named as in `image_sources`: FakeData, CIFAR10,
@@ -90,9 +91,10 @@ class ImageFolderData(LightningDataModule):
             held_out = set(hold_out(source, self.seed, self.val_n, self.val_share))
             inside = [i for i in inside if i not in held_out]
         self._check_size(len(inside), len(source) - len(inside))
-        self.train_set = self._read(source, inside, lazy, broken)
+        self.train_set, numbers = self._read(source, inside, lazy, broken)
+        self._trained = source, numbers
         if self.val is None:
-            self.val_set = self._read(source, sorted(held_out), False, broken)
+            self.val_set, _ = self._read(source, sorted(held_out), False, broken)
         else:
             trained, source = source.fingerprint, open_source(self.val, True, self.size, self.cache)
             if source.fingerprint == trained:  # a folder, or a set that has no part of its own to hold out
@@ -108,7 +110,7 @@ class ImageFolderData(LightningDataModule):
                 )
             n = len(source)
             order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))[: self.val_n]
-            self.val_set = self._read(source, order.tolist(), False, self._broken("data.val", source))
+            self.val_set, _ = self._read(source, order.tolist(), False, self._broken("data.val", source))
         self._check_size(len(self.train_set[1]))
         counts = f"{len(self.train_set[1])} images for training, {len(self.val_set[1])} held out"
         rank_zero_info(f"data: {counts}, {len(self.class_names) or 'no'} classes")
@@ -142,16 +144,23 @@ class ImageFolderData(LightningDataModule):
 
     def _read(
         self, source: ImageSource, numbers: list[int] | range, lazy: bool, broken: BrokenImages
-    ) -> tuple[Images, Tensor]:
+    ) -> tuple[tuple[Images, Tensor], Sequence[int]]:
+        """Images and labels, and the numbers of the rows in their source."""
         if lazy or 3 * self.size**2 * len(source) > image_sets.AT_ONCE:
-            return LazyImages(source, numbers, self.size, self.resize, broken), source.labels[list(numbers)]
+            images = LazyImages(source, numbers, self.size, self.resize, broken)
+            return (images, source.labels[list(numbers)]), numbers
         images, found = decode_all(source, self.size, self.resize, self.cache, broken)
         broken.tell()
         if isinstance(numbers, range) and len(found) == len(numbers):
-            return images, source.labels
+            return (images, source.labels), numbers
         place = {i: k for k, i in enumerate(found.tolist())}
         rows = torch.tensor([place[i] for i in numbers if i in place], dtype=torch.long)
-        return images[rows], source.labels[found[rows]]
+        return (images[rows], source.labels[found[rows]]), found[rows].tolist()
+
+    def names(self, rows: list[int]) -> list[str]:
+        """Of rows of the training set, as their source has them."""
+        source, numbers = self._trained
+        return [source.name(numbers[row]) for row in rows]
 
     def train_dataloader(self) -> BatchStream:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -19,6 +19,7 @@ from torch import Tensor
 from tiltlens.errors import UserError
 from tiltlens.modules.image_decoding import UNREADABLE, BrokenImages, decode
 from tiltlens.modules.image_sources import ImageSource
+from tiltlens.modules.writing import whole_file
 
 AT_ONCE = 2 << 30  # bytes of decoded images that are held in memory
 THREADS = min(8, os.cpu_count() or 1)
@@ -57,11 +58,9 @@ def decode_all(
     rows = torch.tensor([i for i, image in enumerate(decoded) if image is not None], dtype=torch.long)
     images = torch.stack([image for image in decoded if image is not None])
     del decoded
-    cache.mkdir(parents=True, exist_ok=True)
-    part = cached.with_suffix(f".{os.getpid()}.part")
     told = json.dumps(list(broken.reasons.items()))
-    safetensors.torch.save_file({"images": images, "rows": rows}, part, metadata={"broken": told})
-    part.replace(cached)  # two runs may decode at once: the name appears only when the file is whole
+    with whole_file(cached) as part:  # two runs may decode at once
+        safetensors.torch.save_file({"images": images, "rows": rows}, part, metadata={"broken": told})
     return images, rows
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tiltlens.batches import in_equal_batches
+from tiltlens.modules.writing import whole_file
 from tiltlens.priors.latent import Codec
 
 KEY_BYTES = 16
@@ -61,15 +62,13 @@ class LatentCache:
     def flush(self) -> None:
         """Writes what is not on disk yet, and takes up what others have written."""
         if self._fresh:
-            self.folder.mkdir(parents=True, exist_ok=True)
             keys = sorted(self._fresh)
             name = hashlib.blake2b(b"".join(keys), digest_size=KEY_BYTES).hexdigest()
             numbers = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
-            part = self.folder / f".part-{name}.{os.getpid()}"
-            safetensors.torch.save_file(
-                {"keys": numbers, "latents": torch.stack([self._fresh[k] for k in keys])}, part
-            )
-            part.replace(self.folder / f"part-{name}.safetensors")
+            with whole_file(self.folder / f"part-{name}.safetensors") as part:
+                safetensors.torch.save_file(
+                    {"keys": numbers, "latents": torch.stack([self._fresh[k] for k in keys])}, part
+                )
         self.refresh()
         self._fresh = {}
 

@@ -23,6 +23,7 @@ from tiltlens.modules.noise_aware_gradients import reader_errors
 from tiltlens.modules.noise_aware_start import begin_with
 from tiltlens.modules.noise_aware_task import LayerTask, UnitTask
 from tiltlens.modules.own_samples import own_samples
+from tiltlens.modules.writing import whole_folder
 from tiltlens.priors import load_prior
 from tiltlens.units.combination import build_unit
 from tiltlens.units.noise_aware import TwinConfig, place, reader_of, save_twin, twin_of
@@ -146,6 +147,14 @@ class NoiseAwareModule(LightningModule):
             raise UserError(
                 f"data.size = {size}: the prior's images have {expected} pixels a side; set data.size to it"
             )
+
+    def identity(self) -> dict[str, Any]:
+        """What the twin reads, for `CheckResumed`; encoder and prior by their weights, wherever they lie."""
+        source, prior = self._parts
+        return {
+            "encoder_sha256": source.fingerprint, "prior_sha256": prior.fingerprint, "model.units": [place(m) for m in self.units],
+            "model.network": self.network, "model.layers": self.layers, "model.log_snr": [self.low, self.high],
+        }  # fmt: skip
 
     def on_fit_start(self) -> None:
         self.began = time.process_time()
@@ -296,4 +305,7 @@ class NoiseAwareModule(LightningModule):
             (self.low, self.until), [place(m) for m in self.units] or None, self.network, self.layers if self.network else None,
             trained,
         )  # fmt: skip
-        return save_twin(self.twin, config, Path(folder) / "noise-aware")
+        folder = Path(folder) / "noise-aware"
+        with whole_folder(folder) as part:
+            save_twin(self.twin, config, part)
+        return folder

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tiltlens.modules.writing import whole_file
 from tiltlens.priors.prior import Prior
 from tiltlens.sampling.chain import Chain
 from tiltlens.sampling.noise import stream_seed
@@ -47,16 +48,13 @@ def read_samples(
 
 
 def _kept(trainer: Trainer, stem: str, count: int, name: str, make: Callable[[], Iterator[Tensor]]) -> Tensor:
-    folder = Path(trainer.default_root_dir)
-    file = folder / f"{stem}.safetensors"
+    file = Path(trainer.default_root_dir) / f"{stem}.safetensors"
     if not file.is_file() and trainer.is_global_zero:
         rows = []
         for row in make():
             rows.append(row.cpu())
             rank_zero_info(f"own samples, {name} {sum(map(len, rows))}/{count}")
-        folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(file.name + ".part")
-        save_file({name: torch.cat(rows).contiguous()}, part)
-        part.replace(file)
+        with whole_file(file) as part:
+            save_file({name: torch.cat(rows).contiguous()}, part)
     trainer.strategy.barrier(stem)
     return load_file(file)[name]

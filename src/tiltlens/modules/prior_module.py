@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from tiltlens.batches import in_equal_batches
@@ -25,6 +26,7 @@ from tiltlens.modules.image_data import Batch
 from tiltlens.modules.latents import LatentCache
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
 from tiltlens.modules.sharding import gathered, is_sharded, shard
+from tiltlens.modules.writing import DISK_ERRORS
 from tiltlens.priors.diffusers_prior import sides
 from tiltlens.priors.families import read_family
 from tiltlens.priors.latent import Codec
@@ -107,6 +109,7 @@ class PriorModule(LightningModule):
                 + ("set in_channels and out_channels" if init_from is None else "begin with another prior")
             )
         self.adapted = inject(self.network, lora.rank, lora.alpha, lora.targets) if lora else []
+        self.prompt, self.lora_scale = prompt, (lora.alpha or lora.rank) / lora.rank if lora else None
         self.random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.network.modules())
 
     def configure_model(self) -> None:
@@ -146,6 +149,20 @@ class PriorModule(LightningModule):
         rows = {n: getattr(self, n).expand(len(x), *getattr(self, n).shape[1:]) for n in self.condition}
         x = x.to(self.network.dtype, memory_format=torch.channels_last)
         return self._network(x, time, return_dict=False, **rows)[0][:, : self.channels]
+
+    def identity(self) -> dict[str, Any]:
+        """What the weights mean, for `CheckResumed`: a run is resumed under the same."""
+        log_snr, out = self.family.schedule.log_snr, self.family.tables["out"]
+        rows = torch.linspace(0, len(log_snr) - 1, 5).long()
+        return {
+            "prediction": f"{self.family.prediction} ({self.family.name})",
+            "noise levels": len(log_snr),
+            "log-SNR of five levels": [f"{v:.3g}" for v in log_snr[rows].tolist()],
+            "scale of the network's output": [f"{v:.3g}" for v in out[rows].tolist()],
+            "autoencoder": self.latents.folder.name if self.latents else None,
+            "model.prompt": self.prompt,
+            "model.lora.alpha / rank": self.lora_scale,
+        }
 
     @property
     def _network(self) -> nn.Module:
@@ -213,16 +230,21 @@ class PriorModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.latents:
-            self.latents.flush()
+        self._keep_latents()
         drop_frozen(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         restore_frozen(self, checkpoint)
 
     def on_train_epoch_end(self) -> None:
-        if self.latents:
-            self.latents.flush()
+        self._keep_latents()
+
+    def _keep_latents(self) -> None:
+        try:
+            if self.latents:
+                self.latents.flush()
+        except DISK_ERRORS as error:  # they are still in memory, and no reason to lose a checkpoint
+            rank_zero_warn(f"latents could not be kept in {self.latents.folder} ({error})")
 
     def export(self, folder: Path) -> Path:
         """Writes folder/prior, a diffusers pipeline with the present weights (after `fit`: the average), merged. Weights in

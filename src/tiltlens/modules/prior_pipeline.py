@@ -1,6 +1,5 @@
 """Where a prior in training begins and ends: a pipeline of diffusers in memory, and a folder of it on disk."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from tiltlens.errors import UserError
+from tiltlens.modules.writing import whole_folder
 from tiltlens.priors.folder import check_folder, find_folder
 from tiltlens.priors.latent import SUPPORTED as AUTOENCODERS
 from tiltlens.priors.pipeline import load_pipeline
@@ -65,25 +65,19 @@ def codec_of(pipeline: Any) -> nn.Module | None:
 
 
 def end(pipeline: Any, network: nn.Module, folder: Path) -> Path:
-    """Writes the pipeline with `network` in the place of its own as a diffusers folder, whole or not at all."""
+    """Writes the pipeline with `network` in the place of its own as a diffusers folder, whole or not at all. Raises UserError where it cannot be written."""
     name = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
     before = getattr(pipeline, name)
-    part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
-    for left in (part, old):
-        shutil.rmtree(left, ignore_errors=True)
     setattr(pipeline, name, network)
     try:
         # an export should not tell where on this machine it began
         for component in (pipeline, *pipeline.components.values()):
             if getattr(component, "config", None) is not None and hasattr(component, "register_to_config"):
                 component.register_to_config(_name_or_path=None)
-        pipeline.save_pretrained(part)
+        with whole_folder(folder) as part:
+            pipeline.save_pretrained(part)
     finally:
         setattr(pipeline, name, before)
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

@@ -28,6 +28,7 @@ from tiltlens.modules.activation_cache import cached_activations, read_tokens
 from tiltlens.modules.activation_data import ActivationData
 from tiltlens.modules.image_data import Batch, ImageFolderData
 from tiltlens.modules.learning_rate import warm_hold_decay
+from tiltlens.modules.writing import whole_folder
 from tiltlens.units.near import near
 from tiltlens.units.sources import load_encoder
 from tiltlens.units.sparse_autoencoder import SparseAutoencoder
@@ -105,6 +106,11 @@ class SparseAutoencoderModule(LightningModule):
         self.sae.mean.copy_(mean)
         self.sae.scale.copy_(scale)
 
+    def identity(self) -> dict[str, Any]:
+        """What the latents are of, for `CheckResumed`; the encoder by its weights, wherever they lie."""
+        place = {k: self.source[k] for k in ("encoder_sha256", "layer", "tokens")}
+        return place | {"model.kind": self.sae.kind, "model.k": self.sae.k}
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         h, sae = batch["activation"], self.sae
         pre = sae.preactivations(h)
@@ -114,7 +120,7 @@ class SparseAutoencoderModule(LightningModule):
         loss = nmse
         if sae.kind == "jumprelu":
             loss = loss + (on / sae.k - 1) ** 2
-        self.idle = torch.where(opened.detach().any(0), 0, self.idle + 1)
+        self.idle = torch.where(self._over_ranks(opened.detach().amax(0)) > 0, 0, self.idle + 1)
         dead = self.idle >= self.dead_after
         if self.revival and dead.any():
             loss = loss + self.revival * self.revived(pre, error.detach(), dead)
@@ -123,6 +129,10 @@ class SparseAutoencoderModule(LightningModule):
         self.log_dict(logs, batch_size=len(h))
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"], batch_size=len(h))
         return loss
+
+    def work_of(self, batch: Batch) -> tuple[str, int]:
+        """For `StepMonitor`."""
+        return "activations", len(batch["activation"])
 
     def gates(self, pre: Tensor) -> Tensor:
         """pre (B, M) -> open gates, 0 or 1, in training; moves the threshold."""
@@ -133,13 +143,21 @@ class SparseAutoencoderModule(LightningModule):
             with torch.no_grad():
                 n = min(pre.shape[0] * sae.k, pre.numel())
                 lowest = pre.flatten().topk(n).values[-1].clamp(min=1e-6)
+                mean = self._over_ranks(
+                    lowest
+                )  # the threshold at use is one, though each rank has a batch of its own
                 if sae.kind == "jumprelu":
-                    sae.log_threshold.fill_(lowest.log())
+                    sae.log_threshold.fill_(mean.log())
                 else:
                     share = 1 / min(self.global_step + 1, 100)
-                    sae.log_threshold.copy_(sae.threshold.lerp(lowest.to(sae.threshold), share).log())
+                    sae.log_threshold.copy_(sae.threshold.lerp(mean.to(sae.threshold), share).log())
                     return (pre >= lowest).to(pre)
         return Step.apply(pre, sae.threshold)
+
+    def _over_ranks(self, value: Tensor) -> Tensor:
+        """The mean over processes; called on all of them."""
+        alone = self._trainer is None or self.trainer.world_size == 1
+        return value if alone else self.trainer.strategy.reduce(value.float(), reduce_op="mean")
 
     def revived(self, pre: Tensor, error: Tensor, dead: Tensor) -> Tensor:
         """|e - e_hat|^2 / C by the dead latents alone."""
@@ -169,7 +187,10 @@ class SparseAutoencoderModule(LightningModule):
 
     def export(self, folder: Path) -> Path:
         """Writes folder/sae, addressed as sae=folder/sae#LATENT."""
-        return self.sae.save(Path(folder) / "sae", self.source)
+        folder = Path(folder) / "sae"
+        with whole_folder(folder) as part:
+            self.sae.save(part, self.source)
+        return folder
 
 
 class SparsityMetrics(Metric):

@@ -1,7 +1,7 @@
 """`train.py fit`: LightningCLI with an output folder, resumable checkpoints and an export at the end.
 
 OUT/config.yaml             what was asked, complete
-OUT/checkpoints/last.ckpt   every five minutes and at the end of each epoch; resume with --ckpt_path last
+OUT/checkpoints/last.ckpt   every five minutes (--save_minutes) and at the end of each epoch; resume with --ckpt_path last
 OUT/logs/version_N/         metrics.csv, and hparams.yaml with what was asked, one version a start
 OUT/wandb                   the same for W&B, offline unless --trainer.logger.offline false; --trainer.logger false for none
 OUT/prior or OUT/encoder    the trained network with averaged weights, as the field's libraries read it
@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import wandb
 import yaml
 from lightning import LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from tiltlens.errors import UserError
@@ -77,6 +77,12 @@ class TrainingCLI(CommandLine):
             args=args,
         )
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--save_minutes", type=float, default=5.0, help="between checkpoints; 0 for one at every step"
+        )
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         names = ("fit", "validate")
@@ -96,9 +102,12 @@ class TrainingCLI(CommandLine):
         out = self.out
         # Both write the one file that `--ckpt_path last` finds. Lightning's save_last would write it at the
         # end of training again, when the average has taken the place of the weights to go on from.
+        minutes = self._get(self.config, "save_minutes")
+        if not 0 <= minutes < math.inf:
+            raise UserError(f"save_minutes = {minutes}: expected a finite number of at least 0")
         every = {"dirpath": out / "checkpoints", "filename": "last", "enable_version_counter": False}
         checkpoints = [
-            StepCheckpoint(train_time_interval=timedelta(minutes=5), **every),
+            StepCheckpoint(train_time_interval=timedelta(minutes=minutes), **every),
             StepCheckpoint(every_n_epochs=1, save_on_train_epoch_end=True, **every),
         ]
         config = self._get(self.config_init, "trainer")
