@@ -4,6 +4,8 @@ Its tables lie on disk as Arrow and are read by row, so that a large set needs n
 """
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +91,23 @@ def as_image(value: Any) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
+@contextmanager
+def _local_alone(config: Any) -> Iterator[None]:
+    """local_files_only of a DownloadConfig still asks the hub what a name is, and waits for it."""
+    before, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
+
+
 def _load(datasets: Any, name: str, splits: list[str], given: dict[str, Any]) -> Any:
     try:
         if Path(name).is_dir() and any((Path(name) / f).is_file() for f in SAVED):
             found = datasets.load_from_disk(name)
         else:
-            here = datasets.DownloadConfig(local_files_only=not given.get("download", False))
-            found = datasets.load_dataset(name, given.get("config"), download_config=here)
+            with nullcontext() if given.get("download", False) else _local_alone(datasets.config):
+                found = datasets.load_dataset(name, given.get("config"))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"hf:{name} cannot be read ({error}): give a folder, or hf:{name}?download=true to fetch it"
