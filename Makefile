@@ -1,4 +1,4 @@
-# make sample: set up, then the quickstart. make test: set up, then the suite. The set-up runs once.
+# make sample: set up, then the quickstart. make test: set up, then the suite, on two cores. The set-up runs once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ sample: $(VENV)/.installed
 	$(BIN)/python sample.py --config configs/sample/quickstart.yaml --out $(OUT)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
