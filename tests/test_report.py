@@ -332,7 +332,7 @@ def test_large_images_are_embedded_small(tmp_path):
 def test_the_figures_show_the_numbers_of_the_curve(folder):
     (run,) = report.read_units(folder).values()
     axes = report.figures.frontier(run).axes[0]
-    dots = [c.lines[0].get_xydata()[0] for c in axes.containers]
+    dots = [c.lines[0].get_xydata()[0] for c in axes.containers if c.lines[0] is not None]
     np.testing.assert_allclose(dots, [(r["kl"], r["z_mean"]) for r in run.curve])
     bars = [line.get_xdata() for line in axes.lines if line.get_marker() == "|"]
     np.testing.assert_allclose(bars, [(r["kl_lower"], r["path_kl"]) for r in run.curve])

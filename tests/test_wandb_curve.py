@@ -5,11 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from prior_folders import write_pixel
 
 from tiltlens.modules.sampling_cli import main
-from tiltlens.modules.wandb_curve import CURVE, IMAGES_A_KEY
+from tiltlens.modules.wandb_curve import CURVE, IMAGES_A_KEY, _rows_of_table
 from tiltlens.run_folder import RunFolder
 
 
@@ -70,6 +71,13 @@ def test_the_curve_is_that_of_the_summary_in_order_of_strength(sampled):
     steps = [h for h in run.history if f"{prefix}/log_snr" in h]
     assert len(steps) == 3
     assert run.metrics[f"{prefix}/guidance_norm/strength 4"] == f"{prefix}/log_snr"
+    assert run.metrics[f"{prefix}/guidance_norm_by_t/strength 4"] == f"{prefix}/t"
+    norms = [
+        [h[f"{prefix}/{name}/strength 4"] for h in steps[:-1]]
+        for name in ("guidance_norm", "guidance_norm_by_t")
+    ]
+    assert norms[0] == norms[1]
+    assert all(f"{prefix}/t" in h for h in steps)
 
 
 def test_pictures_and_table(sampled):
@@ -82,6 +90,20 @@ def test_pictures_and_table(sampled):
     assert any("strength 6" in c for c in images["images.captions"])  # no strength is cut off
     assert len([k for k in entries if k.endswith("/grid.path")]) == 1
     assert entries["samples.nrows"] == 128
+
+
+def test_a_long_table_has_rows_of_every_strength():
+    rng = np.random.default_rng(0)
+    unit, strength, seed = (x.ravel() for x in np.meshgrid(["a", "b"], [0.0, 1.0, 2.0], np.arange(50)))
+    order = rng.permutation(len(seed))
+    samples = {"unit": unit[order], "strength": strength[order], "seed": seed[order]}
+    assert (_rows_of_table(samples, 300) == np.arange(300)).all()
+    rows = _rows_of_table(samples, 100)
+    assert len(rows) == 6 * 16
+    for u in ("a", "b"):
+        for s in (0.0, 1.0, 2.0):
+            mine = rows[(samples["unit"][rows] == u) & (samples["strength"][rows] == s)]
+            assert sorted(samples["seed"][mine]) == list(range(16))
 
 
 def test_the_configuration_has_fingerprints(sampled):

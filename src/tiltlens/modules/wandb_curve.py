@@ -32,6 +32,7 @@ CURVE = (
 QUANTILES = (0.05, 0.5, 0.95)
 TABLE = ("unit", "strength", "seed", "activation", "z", "energy", "log_w", "path_kl", "clipped", "finite")
 IMAGES_A_KEY = 108  # more are dropped by W&B without a word
+TABLE_ROWS = 10_000  # likewise, of what is shown of a table
 
 
 class WandbCurve(Callback):
@@ -122,7 +123,7 @@ def log_curve(
         )  # every strength is shown
     ]
     if images:
-        run.log({f"{prefix}/images": images[:IMAGES_A_KEY]})
+        run.log({f"{prefix}/images": images})
 
 
 def _shown(samples: dict[str, np.ndarray], copies: np.ndarray, each: int) -> list[int]:
@@ -135,12 +136,13 @@ def _shown(samples: dict[str, np.ndarray], copies: np.ndarray, each: int) -> lis
         shown = {
             s: [rows[k] for k in dealt([samples["group"][i] for i in rows])] for s, rows in shown.items()
         }
-    return [i for rows in shown.values() for i in rows[:each]]
+    few = np.linspace(0, len(shown) - 1, min(len(shown), IMAGES_A_KEY)).round().astype(int)
+    return [i for k in few for i in list(shown.values())[k][:each]]
 
 
 def log_steps(run: Any, prefix: str, folder: RunFolder, unit: str, groups: np.ndarray) -> None:
-    """At each step, a metric a strength, against log-SNR and t: the mean norm of the guidance, its KL and, of groups of
-    particles (groups: their seeds), the mean ESS and number of unique ancestors."""
+    """At each step, a metric a strength, against log-SNR: the mean norm of the guidance, its KL and, of groups of
+    particles (groups: their seeds), the mean ESS and number of unique ancestors; the norm against t, too."""
     steps = columns(folder.steps())
     mine = {k: v[steps["unit"] == unit] for k, v in steps.items()}
     strengths = [s for s in sorted(set(mine["strength"].tolist())) if s > 0]
@@ -153,6 +155,9 @@ def log_steps(run: Any, prefix: str, folder: RunFolder, unit: str, groups: np.nd
     for s in strengths:
         for name in of:
             run.define_metric(f"{prefix}/{name}/strength {s:g}", step_metric=x, step_sync=False)
+        run.define_metric(
+            f"{prefix}/guidance_norm_by_t/strength {s:g}", step_metric=f"{prefix}/t", step_sync=False
+        )
     for k in sorted(set(mine["step"].tolist())):
         at = mine["step"] == k
         entry: dict[str, Any] = {x: float(mine["log_snr"][at][0]), f"{prefix}/t": int(mine["t"][at][0])}
@@ -162,6 +167,8 @@ def log_steps(run: Any, prefix: str, folder: RunFolder, unit: str, groups: np.nd
                 told = mine[name][here & rows]
                 if np.isfinite(told).any():
                     entry[f"{prefix}/{name}/strength {s:g}"] = float(np.nanmean(told))
+            if (norm := entry.get(f"{prefix}/guidance_norm/strength {s:g}")) is not None:
+                entry[f"{prefix}/guidance_norm_by_t/strength {s:g}"] = norm
         run.log(entry)
 
 
@@ -193,10 +200,23 @@ def log_certificate(run: Any, prefix: str, found: dict | None) -> None:
     run.summary.update({f"{prefix}/constraint/{k}": v for k, v in told.items()})
 
 
+def _rows_of_table(samples: dict[str, np.ndarray], most: int) -> np.ndarray:
+    """Indices of the rows, as they are; of more than `most` the first seeds of each unit and strength, as many of each."""
+    rows = np.arange(len(samples["seed"]))
+    if len(rows) <= most:
+        return rows
+    order = np.lexsort((samples["seed"], samples["strength"], samples["unit"]))
+    _, first = np.unique(
+        np.stack([np.unique(samples["unit"], return_inverse=True)[1], samples["strength"]])[:, order], axis=1, return_index=True
+    )  # fmt: skip
+    place = np.concatenate([np.arange(n) for n in np.diff([*np.sort(first), len(rows)])])
+    return order[place < most // len(first)]
+
+
 def log_table(run: Any, samples: dict[str, np.ndarray], folder: RunFolder) -> None:
-    """Every sample, sortable, with its picture."""
+    """Every sample, sortable, with its picture; of very many the first seeds of every unit and strength."""
     table = wandb.Table(columns=[*TABLE, "image"])
-    for i in range(len(samples["seed"])):
+    for i in _rows_of_table(samples, TABLE_ROWS):
         image = samples["image"][i]
         cells = [samples[k][i].item() if hasattr(samples[k][i], "item") else samples[k][i] for k in TABLE]
         table.add_data(*cells, None if image is None else wandb.Image(str(folder.path / image)))

@@ -68,7 +68,8 @@ def frontier(run: UnitRun) -> Figure | None:
 
     A bar a strength from kl_lower to path_kl, within which lies the law that was sampled, a caret where
     there is no upper bound, and a dot at kl ± se, the ideal law of this strength; height: mean ± se. The line
-    through the left ends is the frontier: the least nats that reach the same mean energy.
+    through the left ends is the frontier: the least nats that reach the same mean energy; its band, and the whisker of a right
+    end, are one standard error.
     """
     name = run.scale
     keys = ("kl_lower", "path_kl", "kl")
@@ -81,8 +82,14 @@ def frontier(run: UnitRun) -> Figure | None:
     widest = max(r[k] for r in rows for k in keys if r[k] is not None)
     if widest > WIDE:
         axes.set_xscale("symlog", linthresh=1.0)
-    ends = [(r["kl_lower"], r[f"{name}_mean"]) for r in rows if r["kl_lower"] is not None]
-    axes.plot(*np.reshape(ends, (-1, 2)).T, color=THEME["muted"], lw=0.9, zorder=1)
+    ends = [
+        (r["kl_lower"], r[f"{name}_mean"], r["kl_lower_se"] or 0) for r in rows if r["kl_lower"] is not None
+    ]
+    least, height, error = np.reshape(ends, (-1, 3)).T
+    axes.plot(least, height, color=THEME["muted"], lw=0.9, zorder=1)
+    axes.fill_betweenx(
+        height, np.fmax(least - error, 0), least + error, color=THEME["muted"], alpha=0.18, lw=0, zorder=0
+    )
     for r in rows:
         y, shade = r[f"{name}_mean"], colour[r["strength"]]
         low, high = r["kl_lower"], r["path_kl"]
@@ -92,13 +99,15 @@ def frontier(run: UnitRun) -> Figure | None:
             low = 0.0 if low is None else low
             axes.plot([low, high], [y, y], color=shade, lw=7, alpha=0.3, solid_capstyle="butt", zorder=2)
             axes.plot([low, high], [y, y], "|", color=shade, ms=9, mew=1.2, zorder=2)
+            spread = {"xerr": r["path_kl_se"] or 0, "yerr": r[f"{name}_se"] or 0}
+            axes.errorbar(high, y, **spread, fmt="none", color=shade, elinewidth=0.8, zorder=2)
         if r["kl"] is not None:
             errors = {"xerr": r["kl_se"] or 0, "yerr": r[f"{name}_se"] or 0}
             axes.errorbar(r["kl"], y, **errors, fmt="o", ms=5, color=shade, elinewidth=1.1, zorder=3)
-        right = max(r[k] for k in keys if r[k] is not None)
+        right = max(r[k] + (r[f"{k}_se"] or 0 if k != "kl_lower" else 0) for k in keys if r[k] is not None)
         label = f"s = {number(r['strength'], 4)}"
         place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(label, (right + (r["kl_se"] or 0 if right == r["kl"] else 0), y), **place)
+        axes.annotate(label, (right, y), **place)
     if name == "z":
         _gaussian_frontier(axes, max(r["z_mean"] for r in rows))
     lowest = min(0.0, *(r[k] for r in rows for k in keys if r[k] is not None))

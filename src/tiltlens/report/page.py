@@ -24,7 +24,7 @@ FIGURES = (
         "Activation against distance",
         "Mean activation (± standard error) and KL from p. The law that was sampled lies within the bar: its "
         "left end is the least that any law pays for the same mean energy, its right end the most that was "
-        "paid (a triangle: not known). The line through the left ends is the frontier; the shorter the bar, "
+        "paid (a triangle: not known). The line through the left ends is the frontier (band and whiskers: one standard error); the shorter the bar, "
         "the less was wasted. The dot, at the same height, is the cost of the ideal law of that strength.",
     ),
     (
