@@ -1,6 +1,7 @@
 """Laws of units: what is read is what the network computed, for each row alone, with its gradient."""
 
 import importlib
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
+from torchvision import models as torchvision_models
 
 from tiltlens.units import Encoder, Projection, UnitBank, build_unit, load_encoder, register_encoder
 from tiltlens.units import sources as sources_module
 from tiltlens.units.bank import check_addresses
+from tiltlens.units.weights import fingerprint
 
 SMALL = {"embed_dim": 24, "depth": 3, "num_heads": 2, "img_size": 64}
 
@@ -364,6 +367,34 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ValueError, match=r"resnet18\.a1_in1k could not be fetched.*weights=PATH"):
         load_encoder("resnet18.a1_in1k")
+
+
+@pytest.fixture()
+def cached(tmp_path, monkeypatch):
+    """Where torch looks for torchvision's squeezenet before it would fetch it."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(sources_module, "_loaded", {})
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    url = torchvision_models.get_model_weights("squeezenet1_1").DEFAULT.url
+    return tmp_path / "hub" / "checkpoints" / url.rpartition("/")[2]
+
+
+@pytest.mark.parametrize("zipped", [True, False])  # torch's format, and the one of before 2020
+def test_torchvisions_stored_weights_run_no_code(zipped, cached, capsys):
+    torch.save({"w": RunsCode()}, cached, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="asks to run code, which is never done: remove"):
+        load_encoder("torchvision:squeezenet1_1")
+    assert "ran" not in capsys.readouterr().out
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torchvisions_stored_weights_are_loaded(zipped, cached):
+    torch.manual_seed(0)
+    state = torchvision_models.squeezenet1_1().state_dict()
+    torch.save(state, cached, _use_new_zipfile_serialization=zipped)
+    encoder = load_encoder("torchvision:squeezenet1_1")
+    assert encoder.fingerprint == fingerprint(state)
 
 
 def test_torchvision_and_encoders_built_in_python(images):
