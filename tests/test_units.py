@@ -184,21 +184,23 @@ def test_a_row_does_not_depend_on_the_others(folders, images):
         f"{folders.vit},class=horse",
         f"{folders.vit},class=ship versus {folders.eva},layer=blocks.0,tokens=cls,channel=3",
         f"{BLOCKS},layer=conv,channel=2",
+        {"encoder": folders.eva, "layer": "blocks.1", "unit": torch.linspace(-1, 1, 24).tolist()},
     ]
     bank = UnitBank([build_unit(s) for s in specs])
     bank.validate(32)
     assert bank.size == 2
-    which = torch.tensor([4, 3, 2, 1, 0])
+    which = torch.tensor([4, 3, 2, 1, 0, 5, 5])
+    images = torch.cat([images, images[:2]])
     together = bank.train().read(images, which)
     assert torch.equal(together[:, 1] == 0, which != 3)
-    for row in range(5):
+    for row in range(7):
         alone = bank.read(images[row : row + 1], which[row : row + 1])
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-6)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=0)
     torch.testing.assert_close(bank.combine(together, which)[1], together[1, 0] - together[1, 1])
     x = images.clone().requires_grad_()
     bank.read(x, which)[3].sum().backward()
     assert x.grad[3].abs().sum() > 0
-    assert x.grad[[0, 1, 2, 4]].abs().sum() == 0
+    assert x.grad[[0, 1, 2, 4, 5, 6]].abs().sum() == 0
 
 
 def test_projections_go_through_the_bank():
@@ -369,7 +371,7 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
         load_encoder("resnet18.a1_in1k")
 
 
-@pytest.fixture()
+@pytest.fixture
 def cached(tmp_path, monkeypatch):
     """Where torch looks for torchvision's squeezenet before it would fetch it."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
