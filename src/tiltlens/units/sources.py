@@ -25,6 +25,7 @@ from tiltlens.units.builders import (
     build_timm,
     build_torchvision,
     module_and_attribute,
+    random_seed,
     require_weights,
 )
 from tiltlens.units.encoder import Encoder
@@ -85,15 +86,19 @@ def find_encoder(name: str, weights: str | None = None) -> Callable[[], Encoder]
 
 
 def sketch_encoder(name: str, weights: str | None = None) -> Encoder | None:
-    """The architecture of an encoder whose weights would have to be fetched, on the meta device: shapes and names, for every
-    check that needs no numbers. None where it is at hand, or where its configuration lies on the hub, too."""
-    if (name, weights) in _loaded or weights or name == "bundled":
+    """The architecture of an encoder whose weights would have to be fetched or read, on the meta device: shapes and names,
+    for every check that needs no numbers. None where it is at hand, where its configuration lies on the hub, too, and for an
+    architecture that is not built without numbers: some compute their widths with tensors, and a factory may do anything."""
+    if (name, weights) in _loaded or random_seed(weights) is not None or name == "bundled":
         return None
     prefix, _, rest = name.partition(":")
-    if timm.is_model(name.partition(".")[0]):
-        return build_timm(name, name, None, sketch=True)
     bare = rest if prefix == "torchvision" else name
-    return build_torchvision(name, bare, None, sketch=True) if bare in _torchvision_names() else None
+    try:
+        if timm.is_model(name.partition(".")[0]):
+            return build_timm(name, name, None, sketch=True)
+        return build_torchvision(name, bare, None, sketch=True) if bare in _torchvision_names() else None
+    except Exception:  # whatever it is, it is told where the encoder itself is built, if it is there at all
+        return None
 
 
 @cache
@@ -109,3 +114,5 @@ def _importable(name: str) -> bool:
         return bool(module) and importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
+    except Exception:  # a parent package that is there and broken: told where it is imported
+        return True
