@@ -362,6 +362,33 @@ def test_weight_files_that_are_of_no_use(folders, tmp_path, capsys):
     assert "ran" not in capsys.readouterr().out
 
 
+def test_a_class_is_held_against_the_architecture_before_a_file_of_weights_is_read(tmp_path, monkeypatch):
+    """The file is no file of weights: to read it would fail here, with another error."""
+    monkeypatch.setattr(sources_module, "_loaded", {})
+    (tmp_path / "w.pt").write_bytes(b"nothing")
+    for name in ("resnet18", "torchvision:resnet18"):
+        for rest, message in {
+            "class=goldfsh": "near names: goldfish",
+            "layer=lay,channel=1": "layer1",
+        }.items():
+            with pytest.raises(ValueError, match=message):
+                check_addresses([build_unit(f"{name},weights={tmp_path}/w.pt,{rest}")])
+
+
+def test_an_architecture_that_needs_numbers_is_not_refused(images, monkeypatch):
+    """torchvision's RegNets compute their widths with tensors; a forward may look at its values."""
+    check_addresses([build_unit("torchvision:regnet_y_400mf,class=goldfish")])
+    assert read("torchvision:regnet_y_400mf,weights=random:0,class=goldfish", images[:1]).shape == (1,)
+
+    class Looks(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3)) if x.sum().item() > 0 else x.amax((2, 3))
+
+    sketch = Encoder(Looks().to("meta"), 32)
+    sketch.model.register_parameter("w", nn.Parameter(torch.empty(1, device="meta")))
+    UnitBank([build_unit("torchvision:resnet18,channel=0").load(sketch)]).validate_encoders()
+
+
 def test_weights_that_cannot_be_fetched(monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("Name or service not known")
@@ -445,6 +472,31 @@ def preprocessed():
 def test_a_model_that_does_not_take_its_input_size_is_an_error_of_the_users():
     with pytest.raises(ValueError, match=r"does not take its own input size, 224 x 224.*input_size"):
         UnitBank([build_unit("test_units:Fixed,channel=1")]).validate_encoders()
+
+
+class TwoInputs(torch.nn.Module):
+    def forward(self, x, level):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("torch.nn:Linear", "no arguments.*found TypeError.*Write a function"),
+        ("broken_by_syntax:make", "cannot be imported.*found SyntaxError"),
+        ("broken_by_import:make", "cannot be imported.*No module named 'not_there'"),
+        ("broken_package.part:make", "cannot be imported.*found ZeroDivisionError"),
+        ("test_units:TwoInputs", r"one tensor \(B, 3, 224, 224\), found TypeError.*level"),
+    ],
+)
+def test_a_factory_that_fails_is_an_error_of_the_users(factory, message, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_by_syntax.py").write_text("def make(:")
+    (tmp_path / "broken_by_import.py").write_text("import not_there")
+    (tmp_path / "broken_package").mkdir()
+    (tmp_path / "broken_package" / "__init__.py").write_text("1 / 0")
+    with pytest.raises(ValueError, match=message):
+        UnitBank([build_unit(f"{factory},channel=1")]).validate_encoders()
 
 
 def test_a_factory_may_make_an_encoder_with_its_preprocessing():
