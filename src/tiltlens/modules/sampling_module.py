@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tiltlens.energies import Energy, Linear, parse_level
 from tiltlens.guidance import Calibrated, Guidance
+from tiltlens.modules.accelerator import check_float64
 from tiltlens.priors import load_prior
 from tiltlens.priors.prior import Prior
 from tiltlens.sampling import ChainSampler, Independent
@@ -151,6 +152,7 @@ class SamplingModule(LightningModule):
                 "guided sampling takes gradients with respect to the sample: expected Trainer(inference_mode=False), "
                 "found inference_mode=True. Pass --trainer.inference_mode=false"
             )
+        check_float64(trainer)
         if trainer.precision != "32-true":
             raise ValueError(
                 f"trainer.precision = {trainer.precision}: the chain runs in float32; the precision of the prior's network "
