@@ -306,6 +306,8 @@ def test_class_names(folders):
         ("vit_smal_patch16_dinov3,channel=0", "near names: vit_small_patch16_dinov3"),
         ("vit_small_patch16_dinov3.lvd1689,channel=0", "lvd1689m"),
         ("torchvision:resnet51,channel=0", "resnet50"),
+        ("torchvision:fcn_resnet50,channel=0", "no image classifier.*package.module:factory"),
+        ("fasterrcnn_resnet50_fpn,channel=0", "no image classifier"),
         ("bundeld,class=horse", "bundled"),
         ("timm.nonsense:factory,class=horse", "unknown encoder"),
         ("resnet18,weights=/nowhere/w.safetensors,channel=0", "does not exist"),

@@ -82,13 +82,20 @@ def find_encoder(name: str, weights: str | None = None) -> Callable[[], Encoder]
     if Path(name).is_dir():
         raise ValueError(f"unknown encoder {name!r}, which is a folder: write local-dir:{name}")
     known = ["bundled", *timm.list_models(), *timm.list_pretrained(), *_torchvision_names()]
+    if bare in torchvision_models.list_models():
+        raise ValueError(
+            f"the encoder {name}: torchvision's {bare} is no image classifier (segmentation, detection, "
+            "video and flow are not known by name): take its backbone, or write package.module:factory, a "
+            "function of no arguments that makes an nn.Module for images (B, 3, H, W)"
+        )
     raise ValueError(f"unknown encoder {name!r}; {near(bare, known)}")
 
 
 def sketch_encoder(name: str, weights: str | None = None) -> Encoder | None:
-    """The architecture of an encoder whose weights would have to be fetched or read, on the meta device: shapes and names,
-    for every check that needs no numbers. None where it is at hand, where its configuration lies on the hub, too, and for an
-    architecture that is not built without numbers: some compute their widths with tensors, and a factory may do anything."""
+    """The architecture of an encoder whose weights would have to be fetched or read, on the meta device: shapes
+    and names, for every check that needs no numbers. None where it is at hand, where its configuration lies on
+    the hub, too, and where it is not built without numbers: some compute their widths with tensors, a factory
+    may do anything."""
     if (name, weights) in _loaded or random_seed(weights) is not None or name == "bundled":
         return None
     prefix, _, rest = name.partition(":")
