@@ -1,6 +1,8 @@
 """Laws of a run: a sample's name is all it depends on, and what is there is never made again."""
 
+import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -285,6 +287,25 @@ def test_progress_in_a_log_is_a_line_now_and_then(capsys, monkeypatch):
     assert lines[-1] == "sampling: 8 of 8 rows, step 20 of 20, took 39 s"
     assert len(lines) == 3  # every 15 s and at the end; no estimate from a first step
     assert lines[0] == "sampling: 0 of 8 rows, step 17 of 20, about 78 s left"
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch):
+    """One line, drawn anew, that ends full; a new phase has its own."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    bar = SamplingProgress()
+    for phase, total in (("pilot", 4), ("learning", 2)):
+        for step in range(1, total + 1):
+            bar.report(phase, step, total)
+    bar.teardown(None, None, "predict")
+    drawn = terminal.getvalue()
+    for phase, said in (("pilot", "step 4 of 4"), ("learning", "step 2 of 2")):
+        assert re.search(f"{phase}: {said}.*100%", drawn)
+    assert "\x1b[?25h" in drawn  # the cursor is back
+    assert "took" not in drawn
 
 
 @pytest.mark.slow
