@@ -257,7 +257,7 @@ def test_as_a_program_a_user_error_has_no_traceback(tmp_path):
 
 
 def test_apples_gpu_has_no_float64(tmp_path, monkeypatch):
-    """ "auto" takes the CPU where Lightning would take mps; mps by its name is refused before anything is sampled."""
+    """ "auto" takes the CPU where Lightning would take mps; mps by its name is refused before anything is done."""
     monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
     monkeypatch.setattr(FabricMPS, "is_available", staticmethod(lambda: True))
     settings = {"logger": False, "enable_checkpointing": False, "inference_mode": False, "devices": 1}

@@ -2,7 +2,7 @@
 
 A library picks its kernels by shape, and they round differently: about 1e-6 from one batch size to another, which a
 strongly guided chain makes a thousand times larger. A network that always sees the same number of rows rounds a row the
-same way whatever its neighbours are. How many these are is what memory and the cost of a small batch depend on: `network_rows`.
+same way whatever its neighbours are. Memory, and the cost of a small batch, go by it: see `network_rows`.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -22,7 +22,7 @@ Outputs = Tensor | dict[Hashable, Tensor]
 
 @contextmanager
 def network_rows(rows: int | None) -> Iterator[None]:
-    """Calls of `in_equal_batches` within take this many rows; None: what they take without. Another number, other rounding."""
+    """Calls of `in_equal_batches` within take this many rows; None: what they take without."""
     before = _rows.set(rows)
     try:
         yield

@@ -148,14 +148,14 @@ class Guidance:
         return 1.0 if self.profile[0] <= step.fraction <= self.profile[1] else 0.0
 
     def _grid(self) -> list[float]:
-        """The values of a callable profile on GRID. Raises ValueError for one that is no finite number >= 0."""
+        """The values of a callable profile. Raises ValueError for one that is no finite number >= 0."""
         found = []
         for k in range(GRID + 1):
             value = self.profile(k / GRID)
             if not isinstance(value, Real | Tensor) or not 0 <= float(value) < math.inf:
                 raise ValueError(
-                    f"{type(self).__name__}: profile gives {value!r} at t = {k / GRID:.3g} of the training table (0 clean, 1 "
-                    "noisy), expected a finite weight >= 0 everywhere in [0, 1]"
+                    f"{type(self).__name__}: profile gives {value!r} at t = {k / GRID:.3g} of the training table "
+                    "(0 clean, 1 noisy), expected a finite weight >= 0 everywhere in [0, 1]"
                 )
             found.append(float(value))
         return found

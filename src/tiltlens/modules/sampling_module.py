@@ -44,9 +44,10 @@ class SamplingModule(LightningModule):
     precision: of the prior's network, float32 or bfloat16. prompt: for text-conditional priors. noise_aware: a folder of
     `NoiseAwareModule`, or several, of twins that read clean estimates for the guidance; "bundled"; or "auto", the bundled one
     where prior, encoder and unit are those that it was trained for, and the encoder elsewhere. cache: a folder in which pilots,
-    and what guidance learned from them, are kept for other runs of this prior, unit and chain. rows: images that a network sees at
-    once, filled up where there are fewer; 16 on a CPU and 32 elsewhere by default. Memory goes with it, not with batch_size,
-    which should be a multiple of it; a sample depends on it by rounding alone, of which strong guidance makes more.
+    and what guidance learned from them, are kept for other runs of this prior, unit and chain. rows: images
+    that a network sees at once, filled up where there are fewer; 16 on a CPU and 32 elsewhere by default. Memory
+    goes by it and not by batch_size, best a multiple of it; a sample depends on it by rounding alone, which strong
+    guidance magnifies.
     """
 
     def __init__(

@@ -113,9 +113,7 @@ class TrainingCLI(CommandLine):
         ]
         config = self._get(self.config_init, "trainer")
         check_devices(config["devices"])
-        config["accelerator"] = without_mps(
-            config["accelerator"]
-        )  # metrics and samples are float64 here, too
+        config["accelerator"] = without_mps(config["accelerator"])  # metrics are float64, too
         check_gradients(config["gradient_clip_val"], config["accumulate_grad_batches"])
         resumed = CheckResumed(self._get(self.config, "ckpt_path"))
         config["callbacks"] = [

@@ -16,7 +16,10 @@ class Row:
 
 
 def check_strengths(strengths: Sequence[float]) -> list[float]:
-    """Sorted, unique, as floats; numpy's numbers are numbers. Raises ValueError for an empty list, NaN, infinity or a negative strength."""
+    """Sorted, unique, as floats; numpy's numbers are numbers.
+
+    Raises ValueError for an empty list, NaN, infinity or a negative strength.
+    """
     if not isinstance(strengths, (list, tuple)) or not strengths:
         raise ValueError(f"strengths: expected a non-empty list of numbers >= 0, found {strengths!r}")
     out = []

@@ -119,9 +119,9 @@ class UnitBank(nn.Module):
                         continue  # it asks for numbers, which a sketch has not
                     height, width = reader.input_size
                     raise ValueError(
-                        f"the encoder {reader.name} does not take its own input size, {height} x {width} pixels: expected a "
-                        f"forward of one tensor (B, 3, {height}, {width}), found {type(error).__name__}: "
-                        f"{' '.join(str(error).split())[:200]}. A factory's module says another as its attribute input_size"
+                        f"the encoder {reader.name} does not take its own input size, {height} x {width} pixels: "
+                        f"expected a forward of one tensor (B, 3, {height}, {width}), found "
+                        f"{type(error).__name__}: {' '.join(str(error).split())[:200]}. A factory's module says another as its attribute input_size"
                     ) from error
                 for h, read in seen.values():
                     read(h)
@@ -146,8 +146,8 @@ class UnitBank(nn.Module):
 
 
 def check_addresses(units: Iterable[Unit]) -> None:
-    """`UnitBank.validate_encoders` before any weights are fetched or read, by the architecture alone, where that can be had. Raises
-    ValueError, with near names."""
+    """`UnitBank.validate_encoders` before any weights are fetched or read, by the architecture alone, where that can
+    be had. Raises ValueError, with near names."""
     for m in dict.fromkeys(m for unit in units for m in unit.members):
         if not isinstance(m, EncoderUnit) or m.encoder is not None or m.address.kind == "sae":
             continue

@@ -17,9 +17,9 @@ from huggingface_hub import constants
 def fetching(name: str, weights: str | None) -> Iterator[None]:
     """Around the call that loads an encoder's weights.
 
-    Raises ValueError for weights that do not fit, do not exist, could not be fetched, or are a pickle that would run
-    code. With no network only the hub's local cache is asked: the hub itself would retry, and print that it does, for
-    50 seconds.
+    Raises ValueError for weights that do not fit, do not exist, could not be fetched, or are a pickle that would
+    run code. With no network only the hub's local cache is asked: the hub itself would retry, and print that it
+    does, for 50 seconds.
     """
     logger, offline = logging.getLogger("huggingface_hub"), constants.HF_HUB_OFFLINE
     level = logger.level
@@ -36,8 +36,9 @@ def fetching(name: str, weights: str | None) -> Iterator[None]:
             raise ValueError(f"the weights in {source} do not fit the encoder {name}: {reason}") from error
         if isinstance(error, pickle.UnpicklingError):
             raise ValueError(
-                f"the stored weights of the encoder {name} are damaged, or a pickle that asks to run code, which is never "
-                f"done: remove their file from the cache ({torch.hub.get_dir()}), or give weights=PATH. {reason[:150]}"
+                f"the stored weights of the encoder {name} are damaged, or a pickle that asks to run code, "
+                f"which is never done: remove their file from the cache ({torch.hub.get_dir()}), or give "
+                f"weights=PATH. {reason[:150]}"
             ) from error
         raise ValueError(
             f"the pretrained weights of the encoder {name} could not be fetched and are in no local cache: "
@@ -50,7 +51,7 @@ def fetching(name: str, weights: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tensors_alone() -> Iterator[None]:
-    """Every torch.load reads tensors and nothing that runs, by torch's own switch: torchvision asks for whole pickles."""
+    """Every torch.load reads tensors alone, by torch's own switch: torchvision asks for whole pickles."""
     switches = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
     before = {name: os.environ.get(name) for name in switches}
     os.environ.update(switches)
