@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from tiltlens import GaussianMixture, Linear, Projection, tilt
+import tiltlens
+from tiltlens import GaussianMixture, Linear, Projection, Unit, tilt
 from tiltlens.guidance import Exact
 
 
@@ -28,6 +29,15 @@ def test_tilt_gives_curve_images_and_report_and_agrees_with_the_closed_form(tmp_
     page = result.report().read_text()
     assert "<html" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_unit_by_its_address():
+    """And every other name of the face is there; one that is not is an AttributeError, as of any module."""
+    unit = Unit("bundled,class=horse")
+    assert (unit.name, str(unit.address)) == ("bundled,class=horse", "bundled,class=horse")
+    assert isinstance(unit, tiltlens.units.Unit)
+    assert all(callable(getattr(tiltlens, name)) for name in tiltlens.__all__)
+    assert not hasattr(tiltlens, "Units")
 
 
 def test_the_bundled_unit_rises_and_its_images_come_back(tmp_path):

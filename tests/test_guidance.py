@@ -1,5 +1,7 @@
 """Laws of guidance: where twists are known in closed form they are met, a step costs one forward, rows never meet."""
 
+import math
+
 import pytest
 import torch
 
@@ -217,6 +219,15 @@ def test_the_profile_scales_the_shift(name):
 def test_a_profile_of_no_known_form_is_refused(profile):
     with pytest.raises(ValueError, match="profile"):
         DPS(profile)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.1, None, "1"])
+def test_a_callable_profile_is_a_weight_everywhere(value):
+    with pytest.raises(
+        ValueError, match=r"DPS: profile gives .* at t = 0.5 .* expected a finite weight >= 0"
+    ):
+        DPS(lambda t: value if t == 0.5 else 1.0)
+    assert DPS(lambda t: torch.tensor(t)).weight(step(PLANE)) > 0
 
 
 @each

@@ -3,6 +3,9 @@
 import ast
 import doctest
 import importlib
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,18 @@ def test_imports_run_one_way(part):
 def test_mathematics_stands_without(part):
     wrong = {name.split(".")[0] for name in imports(part)} & FOREIGN[part]
     assert not wrong, f"tiltlens.{part} imports {', '.join(sorted(wrong))}"
+
+
+def test_what_is_imported_is_declared():
+    """By its own name, and not by grace of a library that happens to need it."""
+    project = tomllib.loads((ROOT.parent.parent / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    declared = {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in asked}
+    names = {n for part in ROOT.iterdir() for n in imports(part.stem)}
+    found = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"tiltlens"}
+    own = {"PIL": "pillow", "yaml": "pyyaml"}
+    missing = {own.get(name, name) for name in found} - declared
+    assert not missing, f"pyproject.toml does not declare {', '.join(sorted(missing))}"
 
 
 def test_nothing_unpickles():

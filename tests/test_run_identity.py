@@ -137,6 +137,17 @@ def test_a_seed_that_is_the_pilots_or_no_whole_number_of_floats_is_refused(seed)
         PlanData([0.0, 1.0], 4, seed)
 
 
+def test_strengths_are_any_real_numbers():
+    """numpy's too, as floats that are written as such; a bool is no number."""
+    for strengths in (np.arange(3), np.arange(3, dtype=np.float32), [np.int64(0), 1, np.float64(2)]):
+        found = PlanData(strengths).strengths
+        assert found == [0.0, 1.0, 2.0]
+        assert {type(s) for s in found} == {float}
+    for wrong in (True, np.bool_(True), np.float32("nan"), "1", 1j):
+        with pytest.raises(ValueError, match="every strength is a finite number >= 0"):
+            PlanData([0.0, wrong])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_threshold_has_a_force_however_far_it_is(dtype):
     """s (level - z) below it, none above: with no variance, as DPS reads it."""

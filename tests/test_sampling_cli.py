@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning import Trainer
+from lightning.fabric.accelerators import MPSAccelerator as FabricMPS
+from lightning.pytorch.accelerators import MPSAccelerator
 from prior_folders import edm, flow, write_pixel
 
+from tiltlens import GaussianMixture, Linear, Projection, tilt
+from tiltlens.guidance import DPS
 from tiltlens.modules import sampling_cli
+from tiltlens.modules.accelerator import without_mps
 from tiltlens.modules.command_line import run
 from tiltlens.modules.sampling_cli import SamplingCLI, main
 from tiltlens.run_folder import RunFolder
@@ -248,6 +254,23 @@ def test_as_a_program_a_user_error_has_no_traceback(tmp_path):
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("error: model.energy: unknown class 'Linaer'")
     assert ended.stderr.count("\n") == 1
+
+
+def test_apples_gpu_has_no_float64(tmp_path, monkeypatch):
+    """ "auto" takes the CPU where Lightning would take mps; mps by its name is refused before anything is done."""
+    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
+    monkeypatch.setattr(FabricMPS, "is_available", staticmethod(lambda: True))
+    settings = {"logger": False, "enable_checkpointing": False, "inference_mode": False, "devices": 1}
+    assert Trainer(**settings, accelerator="auto").strategy.root_device.type == "mps"
+    assert Trainer(**settings, accelerator=without_mps("auto")).strategy.root_device.type == "cpu"
+    cli = SamplingCLI([*MIXTURE, "--trainer.accelerator=auto"])
+    assert cli.trainer.strategy.root_device.type == "cpu"
+    prior, unit = GaussianMixture([1.0], [[0.0, 0.0]], [1.0], points=60), Projection([1.0, 0.0])
+    ask = {"energy": Linear(False), "guidance": DPS(), "pilot": 0, "steps": 4, "n": 2}
+    assert len(tilt(prior, unit, [0.0, 1.0], out=tmp_path / "cpu", **ask).curve) == 2
+    with pytest.raises(ValueError, match=r"found mps.*accelerator=cpu"):
+        tilt(prior, unit, [0.0, 1.0], out=tmp_path / "mps", accelerator="mps", **ask)
+    assert not (tmp_path / "mps" / "manifest.json").exists()
 
 
 def test_main_says_where_the_report_is(tmp_path, capsys):

@@ -1,16 +1,23 @@
 """Laws of a run: a sample's name is all it depends on, and what is there is never made again."""
 
+import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from prior_folders import write_pixel
 
+from tiltlens import GaussianMixture, Projection
+from tiltlens.batches import ROWS_ON_CPU, in_equal_batches, network_rows
 from tiltlens.modules.progress import SamplingProgress
+from tiltlens.modules.run_stores import PILOT, PilotStore
 from tiltlens.modules.sampling_cli import main
+from tiltlens.modules.sampling_module import SamplingModule
 from tiltlens.run_folder import RunFolder
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "sample"
@@ -47,13 +54,16 @@ def rows(folder):
     return {(r["unit"], r["strength"], r["seed"]): r for r in folder.samples().to_pylist()}
 
 
-def same(one, two, only=None):
+def same(one, two, only=None, tolerance=1e-4):
     """The samples of `only` (default: all of both) agree in numbers and pictures."""
     a, b = rows(one), rows(two)
     assert only or a.keys() == b.keys()
     for name in only or a:
         for column in ("activation", "z", "energy", "log_w", "path_kl"):
-            assert a[name][column] == pytest.approx(b[name][column], abs=1e-4, rel=1e-4), (name, column)
+            assert a[name][column] == pytest.approx(b[name][column], abs=tolerance, rel=tolerance), (
+                name,
+                column,
+            )
         if a[name]["image"]:
             pictures = [
                 np.asarray(Image.open(f.path / r[name]["image"]), int) for f, r in ((one, a), (two, b))
@@ -71,6 +81,44 @@ def whole(prior, tmp_path_factory):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_batch_size_does_not_matter(whole, prior, tmp_path, batch_size):
     same(whole, pixels(prior, tmp_path, "[0,1]", f"--data.batch_size={batch_size}"))
+
+
+def test_how_many_rows_a_network_sees_is_rounding_alone_and_of_the_identity(whole, prior, tmp_path):
+    """Strong guidance of a network of random weights makes more of rounding than 1e-4."""
+    four = pixels(prior, tmp_path, "[0,1]", "--model.rows=4", "--data.batch_size=8")
+    same(whole, four, only=[name for name in rows(four) if name[1] == 0])
+    same(whole, four, tolerance=1e-3)
+    assert four.read_manifest()["identity"]["rows"] == 4
+    assert "rows" not in whole.read_manifest()["identity"]
+    with pytest.raises(ValueError, match=r"other settings(.|\n)*rows"):
+        pixels(prior, tmp_path)
+
+
+def test_a_row_is_the_same_to_the_bit_for_any_number_that_a_network_sees():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.Flatten(), torch.nn.Linear(6272, 50))
+    x, seen = torch.randn(7, 3, 16, 16), []
+    network.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    with network_rows(4):
+        together = in_equal_batches(network, x)
+        for k in range(7):
+            assert torch.equal(in_equal_batches(network, x[k : k + 1])[0], together[k])
+    assert set(seen) == {4}
+    in_equal_batches(network, x)
+    assert seen[-1] == ROWS_ON_CPU
+
+
+def test_a_pilot_in_the_cache_is_of_one_number_of_rows(tmp_path):
+    files = set()
+    for count in (None, 4, 5):
+        prior = GaussianMixture([1.0], [[0.0, 0.0]], [1.0], points=60)
+        module = SamplingModule(prior, Projection([1.0, 0.0]), cache=str(tmp_path), rows=count)
+        module.load()
+        files.add(PilotStore(RunFolder(tmp_path), module)._shared(PILOT, module.units[0]))
+    assert len(files) == 3
+    for wrong in (0, -1, 2.0, True):
+        with pytest.raises(ValueError, match=r"model.rows = .*expected a whole number >= 1"):
+            SamplingModule(rows=wrong)
 
 
 def test_alone_or_in_a_sweep(whole, prior, tmp_path):
@@ -239,6 +287,25 @@ def test_progress_in_a_log_is_a_line_now_and_then(capsys, monkeypatch):
     assert lines[-1] == "sampling: 8 of 8 rows, step 20 of 20, took 39 s"
     assert len(lines) == 3  # every 15 s and at the end; no estimate from a first step
     assert lines[0] == "sampling: 0 of 8 rows, step 17 of 20, about 78 s left"
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch):
+    """One line, drawn anew, that ends full; a new phase has its own."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    bar = SamplingProgress()
+    for phase, total in (("pilot", 4), ("learning", 2)):
+        for step in range(1, total + 1):
+            bar.report(phase, step, total)
+    bar.teardown(None, None, "predict")
+    drawn = terminal.getvalue()
+    for phase, said in (("pilot", "step 4 of 4"), ("learning", "step 2 of 2")):
+        assert re.search(f"{phase}: {said}.*100%", drawn)
+    assert "\x1b[?25h" in drawn  # the cursor is back
+    assert "took" not in drawn
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Laws of units: what is read is what the network computed, for each row alone, with its gradient."""
 
 import importlib
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
+from torchvision import models as torchvision_models
 
 from tiltlens.units import Encoder, Projection, UnitBank, build_unit, load_encoder, register_encoder
 from tiltlens.units import sources as sources_module
 from tiltlens.units.bank import check_addresses
+from tiltlens.units.weights import fingerprint
 
 SMALL = {"embed_dim": 24, "depth": 3, "num_heads": 2, "img_size": 64}
 
@@ -181,21 +184,23 @@ def test_a_row_does_not_depend_on_the_others(folders, images):
         f"{folders.vit},class=horse",
         f"{folders.vit},class=ship versus {folders.eva},layer=blocks.0,tokens=cls,channel=3",
         f"{BLOCKS},layer=conv,channel=2",
+        {"encoder": folders.eva, "layer": "blocks.1", "unit": torch.linspace(-1, 1, 24).tolist()},
     ]
     bank = UnitBank([build_unit(s) for s in specs])
     bank.validate(32)
     assert bank.size == 2
-    which = torch.tensor([4, 3, 2, 1, 0])
+    which = torch.tensor([4, 3, 2, 1, 0, 5, 5])
+    images = torch.cat([images, images[:2]])
     together = bank.train().read(images, which)
     assert torch.equal(together[:, 1] == 0, which != 3)
-    for row in range(5):
+    for row in range(7):
         alone = bank.read(images[row : row + 1], which[row : row + 1])
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-6)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=0)
     torch.testing.assert_close(bank.combine(together, which)[1], together[1, 0] - together[1, 1])
     x = images.clone().requires_grad_()
     bank.read(x, which)[3].sum().backward()
     assert x.grad[3].abs().sum() > 0
-    assert x.grad[[0, 1, 2, 4]].abs().sum() == 0
+    assert x.grad[[0, 1, 2, 4, 5, 6]].abs().sum() == 0
 
 
 def test_projections_go_through_the_bank():
@@ -301,6 +306,8 @@ def test_class_names(folders):
         ("vit_smal_patch16_dinov3,channel=0", "near names: vit_small_patch16_dinov3"),
         ("vit_small_patch16_dinov3.lvd1689,channel=0", "lvd1689m"),
         ("torchvision:resnet51,channel=0", "resnet50"),
+        ("torchvision:fcn_resnet50,channel=0", "no image classifier.*package.module:factory"),
+        ("fasterrcnn_resnet50_fpn,channel=0", "no image classifier"),
         ("bundeld,class=horse", "bundled"),
         ("timm.nonsense:factory,class=horse", "unknown encoder"),
         ("resnet18,weights=/nowhere/w.safetensors,channel=0", "does not exist"),
@@ -357,6 +364,33 @@ def test_weight_files_that_are_of_no_use(folders, tmp_path, capsys):
     assert "ran" not in capsys.readouterr().out
 
 
+def test_a_class_is_held_against_the_architecture_before_a_file_of_weights_is_read(tmp_path, monkeypatch):
+    """The file is no file of weights: to read it would fail here, with another error."""
+    monkeypatch.setattr(sources_module, "_loaded", {})
+    (tmp_path / "w.pt").write_bytes(b"nothing")
+    for name in ("resnet18", "torchvision:resnet18"):
+        for rest, message in {
+            "class=goldfsh": "near names: goldfish",
+            "layer=lay,channel=1": "layer1",
+        }.items():
+            with pytest.raises(ValueError, match=message):
+                check_addresses([build_unit(f"{name},weights={tmp_path}/w.pt,{rest}")])
+
+
+def test_an_architecture_that_needs_numbers_is_not_refused(images, monkeypatch):
+    """torchvision's RegNets compute their widths with tensors; a forward may look at its values."""
+    check_addresses([build_unit("torchvision:regnet_y_400mf,class=goldfish")])
+    assert read("torchvision:regnet_y_400mf,weights=random:0,class=goldfish", images[:1]).shape == (1,)
+
+    class Looks(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3)) if x.sum().item() > 0 else x.amax((2, 3))
+
+    sketch = Encoder(Looks().to("meta"), 32)
+    sketch.model.register_parameter("w", nn.Parameter(torch.empty(1, device="meta")))
+    UnitBank([build_unit("torchvision:resnet18,channel=0").load(sketch)]).validate_encoders()
+
+
 def test_weights_that_cannot_be_fetched(monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("Name or service not known")
@@ -364,6 +398,34 @@ def test_weights_that_cannot_be_fetched(monkeypatch):
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ValueError, match=r"resnet18\.a1_in1k could not be fetched.*weights=PATH"):
         load_encoder("resnet18.a1_in1k")
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """Where torch looks for torchvision's squeezenet before it would fetch it."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(sources_module, "_loaded", {})
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    url = torchvision_models.get_model_weights("squeezenet1_1").DEFAULT.url
+    return tmp_path / "hub" / "checkpoints" / url.rpartition("/")[2]
+
+
+@pytest.mark.parametrize("zipped", [True, False])  # torch's format, and the one of before 2020
+def test_torchvisions_stored_weights_run_no_code(zipped, cached, capsys):
+    torch.save({"w": RunsCode()}, cached, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="asks to run code, which is never done: remove"):
+        load_encoder("torchvision:squeezenet1_1")
+    assert "ran" not in capsys.readouterr().out
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torchvisions_stored_weights_are_loaded(zipped, cached):
+    torch.manual_seed(0)
+    state = torchvision_models.squeezenet1_1().state_dict()
+    torch.save(state, cached, _use_new_zipfile_serialization=zipped)
+    encoder = load_encoder("torchvision:squeezenet1_1")
+    assert encoder.fingerprint == fingerprint(state)
 
 
 def test_torchvision_and_encoders_built_in_python(images):
@@ -412,6 +474,31 @@ def preprocessed():
 def test_a_model_that_does_not_take_its_input_size_is_an_error_of_the_users():
     with pytest.raises(ValueError, match=r"does not take its own input size, 224 x 224.*input_size"):
         UnitBank([build_unit("test_units:Fixed,channel=1")]).validate_encoders()
+
+
+class TwoInputs(torch.nn.Module):
+    def forward(self, x, level):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("torch.nn:Linear", "no arguments.*found TypeError.*Write a function"),
+        ("broken_by_syntax:make", "cannot be imported.*found SyntaxError"),
+        ("broken_by_import:make", "cannot be imported.*No module named 'not_there'"),
+        ("broken_package.part:make", "cannot be imported.*found ZeroDivisionError"),
+        ("test_units:TwoInputs", r"one tensor \(B, 3, 224, 224\), found TypeError.*level"),
+    ],
+)
+def test_a_factory_that_fails_is_an_error_of_the_users(factory, message, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_by_syntax.py").write_text("def make(:")
+    (tmp_path / "broken_by_import.py").write_text("import not_there")
+    (tmp_path / "broken_package").mkdir()
+    (tmp_path / "broken_package" / "__init__.py").write_text("1 / 0")
+    with pytest.raises(ValueError, match=message):
+        UnitBank([build_unit(f"{factory},channel=1")]).validate_encoders()
 
 
 def test_a_factory_may_make_an_encoder_with_its_preprocessing():

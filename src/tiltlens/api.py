@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tiltlens.energies import Energy
 from tiltlens.guidance import Guidance
+from tiltlens.modules.accelerator import without_mps
 from tiltlens.modules.dual import Asked, ConstraintPlan, solve
 from tiltlens.modules.plan_data import PlanData
 from tiltlens.modules.progress import SamplingProgress
@@ -100,9 +101,10 @@ def tilt(
     writer = RunFolderWriter(str(folder), report=False)
     trainer = Trainer(
         inference_mode=False, logger=False, enable_checkpointing=False, enable_model_summary=False,
-        enable_progress_bar=False, accelerator=accelerator, devices=1, default_root_dir=str(folder),
+        enable_progress_bar=False, accelerator=without_mps(accelerator), devices=1, default_root_dir=str(folder),
         callbacks=[SamplingProgress(), writer],
     )  # fmt: skip
+    module.check_trainer(trainer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning.*")
         if isinstance(data, ConstraintPlan):

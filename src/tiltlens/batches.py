@@ -2,10 +2,12 @@
 
 A library picks its kernels by shape, and they round differently: about 1e-6 from one batch size to another, which a
 strongly guided chain makes a thousand times larger. A network that always sees the same number of rows rounds a row the
-same way whatever its neighbours are.
+same way whatever its neighbours are. Memory, and the cost of a small batch, go by it: see `network_rows`.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -13,7 +15,19 @@ from torch import Tensor
 ROWS_ON_CPU = 16
 ROWS_ELSEWHERE = 32  # an accelerator wants more to do at once
 
+_rows: ContextVar[int | None] = ContextVar("rows", default=None)
+
 Outputs = Tensor | dict[Hashable, Tensor]
+
+
+@contextmanager
+def network_rows(rows: int | None) -> Iterator[None]:
+    """Calls of `in_equal_batches` within take this many rows; None: what they take without."""
+    before = _rows.set(rows)
+    try:
+        yield
+    finally:
+        _rows.reset(before)
 
 
 def in_equal_batches(call: Callable[[Tensor], Outputs], x: Tensor) -> Outputs:
@@ -21,7 +35,7 @@ def in_equal_batches(call: Callable[[Tensor], Outputs], x: Tensor) -> Outputs:
 
     call: rows in, rows out, a tensor or a dict of tensors; the same comes back, of B rows. Differentiable.
     """
-    size = ROWS_ON_CPU if x.device.type == "cpu" else ROWS_ELSEWHERE
+    size = _rows.get() or (ROWS_ON_CPU if x.device.type == "cpu" else ROWS_ELSEWHERE)
     missing = -len(x) % size
     filled = torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x
     done = [call(part) for part in filled.split(size)]

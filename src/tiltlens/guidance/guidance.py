@@ -14,6 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -135,6 +136,8 @@ class Guidance:
                 f"{type(self).__name__}: profile must be None, [t_lo, t_hi] or a callable, found {profile!r}"
             )
         self.profile = profile
+        if callable(profile):
+            self._grid()
 
     def weight(self, step: Step) -> float:
         """The time profile at this step."""
@@ -143,6 +146,19 @@ class Guidance:
         if callable(self.profile):
             return float(self.profile(step.fraction))
         return 1.0 if self.profile[0] <= step.fraction <= self.profile[1] else 0.0
+
+    def _grid(self) -> list[float]:
+        """The values of a callable profile. Raises ValueError for one that is no finite number >= 0."""
+        found = []
+        for k in range(GRID + 1):
+            value = self.profile(k / GRID)
+            if not isinstance(value, Real | Tensor) or not 0 <= float(value) < math.inf:
+                raise ValueError(
+                    f"{type(self).__name__}: profile gives {value!r} at t = {k / GRID:.3g} of the training table "
+                    "(0 clean, 1 noisy), expected a finite weight >= 0 everywhere in [0, 1]"
+                )
+            found.append(float(value))
+        return found
 
     def prepare(self, pilot: PilotTables | None, prior: Any, constraint: Any) -> None:
         """Freeze what the method learns of the run before it; called once. Raises ValueError where it cannot work."""
@@ -216,8 +232,7 @@ class Guidance:
         plain = {k: v for k, v in vars(self).items() if not k.startswith("_") and isinstance(v, kept)}
         if callable(self.profile):
             # two lambdas have one name: what it is, is its values
-            values = repr([float(self.profile(k / GRID)) for k in range(GRID + 1)])
-            digest = hashlib.sha256(values.encode()).hexdigest()[:8]
+            digest = hashlib.sha256(repr(self._grid()).encode()).hexdigest()[:8]
             plain["profile"] = (
                 f"{getattr(self.profile, '__qualname__', type(self.profile).__name__)} #{digest}"
             )

@@ -17,8 +17,9 @@ class PlanData(LightningDataModule):
 
     strengths: s of q_s ~ p exp(-s E), each finite and >= 0; 0 is the prior. n: samples for each unit and strength.
     seed: the first of n consecutive seeds. batch_size: rows run at once, of any strength and unit; it never changes
-    an image. Networks are called with 16 rows at once (32 on an accelerator): multiples of that waste nothing. A sampler
-    that works in groups makes batches of whole groups, the first from `seed` on: batch_size is rounded up to them.
+    an image. Networks are called with model.rows at once, 16 (32 on an accelerator) by default: multiples of it
+    waste nothing. A sampler that works in groups makes batches of whole groups, the first from `seed` on:
+    batch_size is rounded up to them.
     """
 
     def __init__(

@@ -69,6 +69,7 @@ class PilotStore:
         if self.cache is None:
             return None
         told = {k: self._identity.get(k) for k in names} | {"unit": self._identity["unit_sha256"][unit.name]}
+        told |= {k: v for k, v in self._identity.items() if k == "rows"}  # where they were set
         digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
         kind = "pilot" if names == PILOT else "learned"
         return self.cache / f"{unit.slug}-{digest[:16]}.{kind}.safetensors"

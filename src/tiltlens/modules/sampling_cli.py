@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from tiltlens.energies import Energy
 from tiltlens.guidance import Guidance
+from tiltlens.modules.accelerator import without_mps
 from tiltlens.modules.command_line import CommandLine, check_devices
 from tiltlens.modules.dual import FORMS, Asked, ConstraintPlan, solve
 from tiltlens.modules.plan_data import PlanData
@@ -99,6 +100,7 @@ class SamplingCLI(CommandLine):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
         check_devices(config["devices"])
+        config["accelerator"] = without_mps(config["accelerator"])
         config["callbacks"] = [
             *(config["callbacks"] or []),
             SamplingProgress(),

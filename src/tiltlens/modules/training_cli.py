@@ -23,6 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from tiltlens.errors import UserError
+from tiltlens.modules.accelerator import without_mps
 from tiltlens.modules.amortise_module import AmortiseModule
 from tiltlens.modules.checkpoints import CheckResumed, StepCheckpoint, WholeCheckpointIO
 from tiltlens.modules.command_line import CommandLine, check_devices
@@ -112,6 +113,7 @@ class TrainingCLI(CommandLine):
         ]
         config = self._get(self.config_init, "trainer")
         check_devices(config["devices"])
+        config["accelerator"] = without_mps(config["accelerator"])  # metrics are float64, too
         check_gradients(config["gradient_clip_val"], config["accumulate_grad_batches"])
         resumed = CheckResumed(self._get(self.config, "ckpt_path"))
         config["callbacks"] = [

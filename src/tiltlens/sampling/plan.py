@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 
 @dataclass(frozen=True, order=True)
@@ -15,12 +16,15 @@ class Row:
 
 
 def check_strengths(strengths: Sequence[float]) -> list[float]:
-    """Sorted, unique, as floats. Raises ValueError for an empty list, NaN, infinity or a negative strength."""
+    """Sorted, unique, as floats; numpy's numbers are numbers.
+
+    Raises ValueError for an empty list, NaN, infinity or a negative strength.
+    """
     if not isinstance(strengths, (list, tuple)) or not strengths:
         raise ValueError(f"strengths: expected a non-empty list of numbers >= 0, found {strengths!r}")
     out = []
     for s in strengths:
-        if isinstance(s, bool) or not isinstance(s, (int, float)) or not math.isfinite(s) or s < 0:
+        if isinstance(s, bool) or not isinstance(s, Real) or not math.isfinite(s) or s < 0:
             raise ValueError(
                 f"strengths: every strength is a finite number >= 0, found {s!r} in {list(strengths)}"
             )

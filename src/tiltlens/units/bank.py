@@ -112,11 +112,16 @@ class UnitBank(nn.Module):
                 x = torch.zeros(1, 3, *reader.input_size, device=device)
                 try:
                     seen = _see(reader, members, x, None)
-                except (RuntimeError, AssertionError) as error:
+                except ValueError:
+                    raise
+                except Exception as error:  # a forward may raise anything
+                    if device.type == "meta":
+                        continue  # it asks for numbers, which a sketch has not
                     height, width = reader.input_size
                     raise ValueError(
                         f"the encoder {reader.name} does not take its own input size, {height} x {width} pixels: "
-                        f"{' '.join(str(error).split())[:200]}. A factory's module says another as its attribute input_size"
+                        f"expected a forward of one tensor (B, 3, {height}, {width}), found "
+                        f"{type(error).__name__}: {' '.join(str(error).split())[:200]}. A factory's module says another as its attribute input_size"
                     ) from error
                 for h, read in seen.values():
                     read(h)
@@ -141,8 +146,8 @@ class UnitBank(nn.Module):
 
 
 def check_addresses(units: Iterable[Unit]) -> None:
-    """`UnitBank.validate_encoders` before any weights are fetched, by the architecture alone, where that can be had. Raises
-    ValueError, with near names."""
+    """`UnitBank.validate_encoders` before any weights are fetched or read, by the architecture alone, where that can
+    be had. Raises ValueError, with near names."""
     for m in dict.fromkeys(m for unit in units for m in unit.members):
         if not isinstance(m, EncoderUnit) or m.encoder is not None or m.address.kind == "sae":
             continue

@@ -75,9 +75,15 @@ def build_torchvision(name: str, model_name: str, weights: str | None, sketch: b
 
 def build_factory(name: str, weights: str | None) -> Encoder:
     """package.module:factory; what the module says of its preprocessing and tokens as attributes is taken
-    over. A factory that makes an Encoder has said it all."""
+    over. A factory that makes an Encoder has said it all. Raises ValueError where it cannot be imported or called."""
     path, attribute = module_and_attribute(name)
-    module = importlib.import_module(path)
+    try:
+        module = importlib.import_module(path)
+    except Exception as error:
+        raise ValueError(
+            f"the encoder {name} cannot be imported: expected a module {path}, found {_said(error)}. "
+            "Put that right, and import it in Python first"
+        ) from error
     if not callable(getattr(module, attribute, None)):
         public = [n for n in dir(module) if not n.startswith("_")]
         raise ValueError(
@@ -85,9 +91,18 @@ def build_factory(name: str, weights: str | None) -> Encoder:
         )
     make, seed = getattr(module, attribute), random_seed(weights)
     with _seeded(seed):
-        model = make if isinstance(make, nn.Module) else make()
+        try:
+            model = make if isinstance(make, nn.Module) else make()
+        except Exception as error:
+            raise ValueError(
+                f"the encoder {name} could not be made: expected a call with no arguments that gives an nn.Module "
+                f"for images (B, 3, H, W), found {_said(error)}. Write a function of no arguments that makes it"
+            ) from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"the encoder {name} makes a {type(model).__name__}, expected an nn.Module")
+        raise ValueError(
+            f"the encoder {name} makes a {type(model).__name__}, expected an nn.Module for images "
+            "(B, 3, H, W)"
+        )
     if seed is None and weights:
         state = read_weights(weights)
         with fetching(name, weights):
@@ -122,6 +137,10 @@ def require_weights(weights: str | None) -> None:
     """Raises FileNotFoundError unless there is nothing to read, a seed, or a file."""
     if weights and random_seed(weights) is None:
         require_file(weights, "the weights")
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _device(sketch: bool) -> contextlib.AbstractContextManager:

@@ -25,6 +25,7 @@ from tiltlens.units.builders import (
     build_timm,
     build_torchvision,
     module_and_attribute,
+    random_seed,
     require_weights,
 )
 from tiltlens.units.encoder import Encoder
@@ -81,19 +82,30 @@ def find_encoder(name: str, weights: str | None = None) -> Callable[[], Encoder]
     if Path(name).is_dir():
         raise ValueError(f"unknown encoder {name!r}, which is a folder: write local-dir:{name}")
     known = ["bundled", *timm.list_models(), *timm.list_pretrained(), *_torchvision_names()]
+    if bare in torchvision_models.list_models():
+        raise ValueError(
+            f"the encoder {name}: torchvision's {bare} is no image classifier (segmentation, detection, "
+            "video and flow are not known by name): take its backbone, or write package.module:factory, a "
+            "function of no arguments that makes an nn.Module for images (B, 3, H, W)"
+        )
     raise ValueError(f"unknown encoder {name!r}; {near(bare, known)}")
 
 
 def sketch_encoder(name: str, weights: str | None = None) -> Encoder | None:
-    """The architecture of an encoder whose weights would have to be fetched, on the meta device: shapes and names, for every
-    check that needs no numbers. None where it is at hand, or where its configuration lies on the hub, too."""
-    if (name, weights) in _loaded or weights or name == "bundled":
+    """The architecture of an encoder whose weights would have to be fetched or read, on the meta device: shapes
+    and names, for every check that needs no numbers. None where it is at hand, where its configuration lies on
+    the hub, too, and where it is not built without numbers: some compute their widths with tensors, a factory
+    may do anything."""
+    if (name, weights) in _loaded or random_seed(weights) is not None or name == "bundled":
         return None
     prefix, _, rest = name.partition(":")
-    if timm.is_model(name.partition(".")[0]):
-        return build_timm(name, name, None, sketch=True)
     bare = rest if prefix == "torchvision" else name
-    return build_torchvision(name, bare, None, sketch=True) if bare in _torchvision_names() else None
+    try:
+        if timm.is_model(name.partition(".")[0]):
+            return build_timm(name, name, None, sketch=True)
+        return build_torchvision(name, bare, None, sketch=True) if bare in _torchvision_names() else None
+    except Exception:  # whatever it is, it is told where the encoder itself is built, if it is there at all
+        return None
 
 
 @cache
@@ -109,3 +121,5 @@ def _importable(name: str) -> bool:
         return bool(module) and importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
+    except Exception:  # a parent package that is there and broken: told where it is imported
+        return True
