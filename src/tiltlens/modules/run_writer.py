@@ -12,7 +12,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from tiltlens.modules.provenance import provenance
+from tiltlens.modules.provenance import device_name, provenance
 from tiltlens.modules.results import estimate_run
 from tiltlens.modules.run_stores import PilotStore, RecordStore
 from tiltlens.modules.sampling_module import SamplingModule
@@ -143,6 +143,11 @@ class RunFolderWriter(Callback):
             ]  # fmt: skip
         self.records.save(pl_module.method.recorded() if any(r.strength > 0 for r in outputs.rows) else None)
         self.folder.write_part(rows, steps)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not in open: before this hook the module lies on the CPU, wherever it will run
+        if trainer.is_global_zero and trainer.datamodule.remaining():
+            self.folder.write_manifest({"device": device_name(trainer.strategy.root_device)})
 
     def on_predict_batch_start(self, *_: Any, **__: Any) -> None:
         self._batch_began = time.time()
