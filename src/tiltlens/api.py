@@ -103,10 +103,14 @@ def tilt(
         enable_progress_bar=False, accelerator=accelerator, devices=1, default_root_dir=str(folder),
         callbacks=[SamplingProgress(), writer],
     )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning.*")
-        if isinstance(data, ConstraintPlan):
-            solve(trainer, module, data, writer)
-        else:
-            trainer.predict(module, datamodule=data, return_predictions=False)
+    writer.folder.lock()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning.*")
+            if isinstance(data, ConstraintPlan):
+                solve(trainer, module, data, writer)
+            else:
+                trainer.predict(module, datamodule=data, return_predictions=False)
+    finally:
+        writer.folder.unlock()
     return Tilt(writer.folder)

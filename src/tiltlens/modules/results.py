@@ -1,6 +1,6 @@
 """From a run folder's rows to its curve: the one place where recorded rows meet the estimators."""
 
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -94,8 +94,6 @@ def _level(constraint: Constraint, i: int) -> float | None:
 
 
 def _write_table(folder: RunFolder, name: str, columns: dict[str, np.ndarray]) -> None:
-    path = Path(folder.path) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.table({k: pa.array(v) for k, v in columns.items()}), temporary)
-    temporary.replace(path)
+    buffer = BytesIO()
+    pq.write_table(pa.table({k: pa.array(v) for k, v in columns.items()}), buffer)
+    folder.write(name, buffer.getvalue())
