@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tiltlens import GaussianMixture, Linear, Projection, tilt
 from tiltlens.errors import UserError
-from tiltlens.guidance import DPS
+from tiltlens.guidance import DPS, Learned
+from tiltlens.modules.run_stores import PilotStore, RecordStore
 from tiltlens.modules.run_writer import RunFolderWriter
 from tiltlens.run_folder import RunFolder
 
@@ -17,10 +19,9 @@ PRIOR = ([1.0], [[0.0, 0.0]], [1.0])
 ASK = {"n": 4, "energy": Linear(False), "guidance": DPS(), "pilot": 0, "steps": 6, "accelerator": "cpu"}
 
 
-def sample(out, strengths=(0.0, 1.0), **others):
-    return tilt(
-        GaussianMixture(*PRIOR, points=60), Projection([1.0, 0.0]), strengths, out=out, **ASK | others
-    )
+def sample(out, strengths=(0.0, 1.0), unit=None, **others):
+    unit = unit or Projection([1.0, 0.0])
+    return tilt(GaussianMixture(*PRIOR, points=60), unit, strengths, out=out, **ASK | others)
 
 
 def test_the_manifest_names_the_device_that_samples(tmp_path):
@@ -84,3 +85,62 @@ def test_an_error_frees_the_folder(tmp_path):
         sample(tmp_path, unit=dead, energy=Linear(), pilot=8)
     assert not (tmp_path / ".lock").exists()
     sample(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pilot", "lesson"])
+def test_a_damaged_pilot_or_lesson_is_made_again(tmp_path, name):
+    """The same, for it is deterministic; and what was damaged is kept aside."""
+    ask = {"energy": Linear(), "guidance": Learned(), "pilot": 32}
+    sample(tmp_path, **ASK | ask)
+    pilot, lesson = sorted((tmp_path / "pilot").glob("*.safetensors"), key=lambda p: ".learned." in p.name)
+    file = {"pilot": pilot, "lesson": lesson}[name]
+    whole = {k: v.clone() for k, v in load_file(file).items()}  # not mapped: the file is written over
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.warns(UserWarning, match=r"is damaged .* set aside as .*\.damaged, it is made again"):
+        sample(tmp_path, [0.0, 1.0, 2.0], **ASK | ask)
+    assert file.with_name(f"{file.name}.damaged").exists()
+    assert all(torch.equal(whole[k].nan_to_num(), v.nan_to_num()) for k, v in load_file(file).items())
+
+
+def test_damaged_natural_readings_and_records_are_set_aside(tmp_path):
+    folder = RunFolder(tmp_path)
+    unit = Projection([1.0, 0.0])
+    store = PilotStore(folder, SimpleNamespace(cache=None, describe=dict))
+    store.save_natural([unit], [torch.zeros(3, 1)])
+    records = RecordStore(folder)
+    for seed in (0, 1):
+        records.save(
+            {"unit": torch.tensor([0]), "strength": torch.tensor([1.0]), "seed": torch.tensor([seed])}
+        )
+    for file in (tmp_path / "pilot" / "natural.safetensors", next((tmp_path / "records").iterdir())):
+        file.write_bytes(b"")
+    with pytest.warns(UserWarning, match="the natural images are read again"):
+        assert store.load_natural([unit]) is None
+    with pytest.warns(UserWarning, match="leave its batch out"):
+        assert len(records.load()) == 1
+    assert len(records.load()) == 1  # with no second warning
+    assert len(list(tmp_path.rglob("*.damaged"))) == 2
+
+
+@pytest.mark.parametrize("name", ["manifest", "summary"])
+@pytest.mark.parametrize("data", [b"", b'{"rows": [', b"\xff\xfe", b"[]"])
+def test_a_damaged_json_file_is_named_with_its_remedy(tmp_path, name, data):
+    (tmp_path / f"{name}.json").write_bytes(data)
+    read = getattr(RunFolder(tmp_path), f"read_{name}")
+    remedy = {"manifest": "choose another --out", "summary": "Remove it"}[name]
+    with pytest.raises(UserError, match=rf"{name}\.json is damaged (.|\n)*{remedy}"):
+        read()
+
+
+def test_damaged_steps_are_lost_and_their_samples_are_not(tmp_path):
+    """It is said once, and promises nothing."""
+    sample(tmp_path)
+    before = RunFolder(tmp_path).samples()
+    (tmp_path / "steps.parquet").write_bytes(b"PAR1 not really")
+    with pytest.warns(UserWarning, match="damaged") as told:
+        again = sample(tmp_path)
+    assert not any("sampled again" in str(w.message) for w in told)
+    assert again.folder.samples().equals(before)
+    assert again.folder.steps().num_rows == 0
+    assert again.report().exists()
+    assert (tmp_path / "steps.parquet.unreadable").exists()

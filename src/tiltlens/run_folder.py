@@ -219,9 +219,9 @@ class RunFolder:
         return True
 
     def read_manifest(self) -> dict:
-        """manifest.json, or {} if there is none."""
-        path = self.path / "manifest.json"
-        return json.loads(path.read_bytes()) if path.exists() else {}
+        """manifest.json, or {} if there is none. Raises UserError for a damaged one."""
+        told = "it says which run's samples these are. Restore it from a copy, or choose another --out"
+        return _read_json(self.path / "manifest.json", told) or {}
 
     def write_manifest(self, entries: dict) -> None:
         """Set these top-level entries of manifest.json and keep the others. "state" is one of STATES."""
@@ -268,10 +268,11 @@ class RunFolder:
     def consolidate(self) -> None:
         """Merge all parts into samples.parquet and steps.parquet, then remove them. One process at a time.
 
-        A damaged file is set aside as NAME.unreadable; its rows are not in `done`.
+        A damaged file is set aside as NAME.unreadable. Rows of samples are not in `done` then; steps are lost.
         """
         parts = self._read_parts(None, set_aside=True)
         if not parts and (self.path / "samples.parquet").exists():
+            _read(self.path / "steps.parquet", None, set_aside=True)
             return
         # Steps first: a row that is listed has its steps. Stopped anywhere, the parts are merged once more.
         for name, schema, key, half in (
@@ -311,9 +312,9 @@ class RunFolder:
         self.write("summary.json", as_json(summary))
 
     def read_summary(self) -> dict:
-        """summary.json: rows, natural, warnings; each empty if there is none."""
-        path = self.path / "summary.json"
-        return json.loads(path.read_bytes()) if path.exists() else {"rows": [], "natural": {}, "warnings": []}
+        """summary.json: rows, natural, warnings; each empty if there is none. Raises UserError for a damaged one."""
+        told = "it is made from samples.parquet. Remove it and give the run's own command again, which samples nothing twice"
+        return _read_json(self.path / "summary.json", told) or {"rows": [], "natural": {}, "warnings": []}
 
 
 @contextmanager
@@ -329,6 +330,19 @@ def _writing(folder: Path):
         ) from error
 
 
+def _read_json(path: Path, remedy: str) -> dict | None:
+    """None where there is no such file. Raises UserError with this remedy for one that is not an object of JSON."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__} where an object was expected")
+        return found
+    except ValueError as error:  # of JSON, and of UTF-8
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
+
+
 def _read(path: Path, columns: list[str] | None, set_aside: bool) -> pa.Table | None:
     """None where the file is gone (another process consolidated) or, with a warning, where it is damaged."""
     try:
@@ -338,7 +352,10 @@ def _read(path: Path, columns: list[str] | None, set_aside: bool) -> pa.Table | 
     except (pa.ArrowException, OSError) as error:
         if getattr(error, "errno", None):
             raise  # the disk or a permission, not the file
-        warn(f"{path} is damaged ({error}); its rows will be sampled again", stacklevel=2)
+        lost = "its rows will be sampled again"
+        if path.name == "steps.parquet":
+            lost = "the samples are whole, what it recorded of their steps is lost; another --out records it again"
+        warn(f"{path} is damaged ({error}); {lost}", stacklevel=2)
     if set_aside:
         path.rename(path.with_name(f"{path.name}.unreadable"))
     return None
