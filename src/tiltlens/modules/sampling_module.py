@@ -156,6 +156,17 @@ class SamplingModule(LightningModule):
                 f"trainer.precision = {trainer.precision}: the chain runs in float32; the precision of the prior's network "
                 "is --model.precision bfloat16"
             )
+        limit = trainer.limit_predict_batches
+        if trainer.fast_dev_run or isinstance(limit, int) or limit != 1.0:
+            found = (
+                f"fast_dev_run = {trainer.fast_dev_run}"
+                if trainer.fast_dev_run
+                else f"limit_predict_batches = {limit}"
+            )
+            raise ValueError(
+                f"a run is whole when all its rows are there: expected all batches, found trainer.{found}, which leaves some "
+                "out. For a smaller run set data.n or data.strengths; both may grow later"
+            )
 
     def on_predict_start(self) -> None:
         self.sampler = Sampler(
