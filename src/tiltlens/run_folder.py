@@ -139,8 +139,8 @@ class RunFolder:
         """The descriptor of DIR/.lock."""
         name = self.path / LOCK
         while True:
-            self._made = self._made or not self.path.exists()
             with _writing(self.path):
+                self._made = self._made or not self.path.exists()
                 self.path.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
             try:
