@@ -26,7 +26,7 @@ def estimate_run(folder: RunFolder, module: Any, data: Any) -> None:
     sampler = module.sampler
     table = columns(folder.samples())
     pilots = pilot_table(sampler.constraint, sampler.pilots) if sampler.pilots else None
-    rows, warnings, natural, certificates = [], [], {}, {}
+    rows, warnings, natural, certificates = [], list(module.notes), {}, {}
     asked = data.asked if isinstance(data, ConstraintPlan) else None
     for i, unit in enumerate(module.units):
         mine = {k: v[table["unit"] == unit.name] for k, v in table.items()}

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from tiltlens.energies import Energy, Linear, parse_level
@@ -111,6 +110,9 @@ class SamplingModule(LightningModule):
         self.pilot_store: Any = None  # where a pilot is kept; given by the run-folder writer
         self.progress: Callable[[str, int, int], None] | None = None
         self.pilot_seconds = 0.0
+        self.notes: list[
+            str
+        ] = []  # what a reader of the results should know of how it was read: of summary.json
 
     def load(self) -> None:
         """Load prior and encoders and check that they fit; idempotent. All errors of the user's come from here."""
@@ -131,8 +133,7 @@ class SamplingModule(LightningModule):
             natural_files(self.natural)
         bank.validate(prior.image_size or prior.denoiser.shape)
         self.guidance.check_target(prior, self.units, self.energy, ())
-        for note in adopt_twins(bank, self.noise_aware, prior.fingerprint):
-            rank_zero_info(note)
+        self.notes = adopt_twins(bank, self.noise_aware, prior.fingerprint)
         self.bank, self.prior = bank, prior
 
     def setup(self, stage: str) -> None:
