@@ -14,6 +14,7 @@ from tiltlens.guidance import DPS, Learned
 from tiltlens.modules.run_stores import PilotStore, RecordStore
 from tiltlens.modules.run_writer import RunFolderWriter
 from tiltlens.run_folder import RunFolder
+from tiltlens.sampling import NoiseSpace
 
 PRIOR = ([1.0], [[0.0, 0.0]], [1.0])
 ASK = {"n": 4, "energy": Linear(False), "guidance": DPS(), "pilot": 0, "steps": 6, "accelerator": "cpu"}
@@ -144,3 +145,18 @@ def test_damaged_steps_are_lost_and_their_samples_are_not(tmp_path):
     assert again.folder.steps().num_rows == 0
     assert again.report().exists()
     assert (tmp_path / "steps.parquet.unreadable").exists()
+
+
+def test_a_strength_at_which_guidance_did_not_act_is_told(tmp_path):
+    """And one at which it did is not, nor a sampler that has no use for guidance."""
+
+    def told(name, **others):
+        return [
+            w for w in sample(tmp_path / name, [0.0, 1.0, 2.0], **others).warnings if "guidance acted" in w
+        ]
+
+    (note,) = told("never", guidance=DPS(profile=[0.0, 1e-6]))
+    assert "strengths 1, 2: the guidance acted at 0 of 6 steps" in note
+    (note,) = told("one", steps=1)
+    assert "acted at" in note
+    assert told("always") == told("walk", sampler=NoiseSpace(2, 1, 1, 4)) == []
