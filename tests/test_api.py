@@ -2,11 +2,20 @@
 
 import math
 
+import numpy as np
+import pytest
 import torch
+import yaml
 
 import tiltlens
-from tiltlens import GaussianMixture, Linear, Projection, Unit, tilt
-from tiltlens.guidance import Exact
+from tiltlens import GaussianMixture, Linear, Projection, Target, Unit, tilt
+from tiltlens.guidance import DPS, Exact
+from tiltlens.modules.command_line import run
+from tiltlens.modules.sampling_cli import main
+from tiltlens.modules.spelled import UnspeakableError, spell
+from tiltlens.run_folder import RunFolder
+from tiltlens.sampling import Particles
+from tiltlens.units import Encoder, build_unit, register_encoder
 
 
 def test_tilt_gives_curve_images_and_report_and_agrees_with_the_closed_form(tmp_path):
@@ -38,6 +47,57 @@ def test_a_unit_by_its_address():
     assert isinstance(unit, tiltlens.units.Unit)
     assert all(callable(getattr(tiltlens, name)) for name in tiltlens.__all__)
     assert not hasattr(tiltlens, "Units")
+
+
+def test_config_yaml_repeats_the_run_by_sample_py(tmp_path, monkeypatch):
+    """The same run, by its identity, and so the same samples."""
+    monkeypatch.setattr("sys.argv", ["sample.py"])
+    prior = GaussianMixture([3.0, 4.0], [[-1.0, 0.5], [1 / 3, 0.0]], [0.4, 0.3], points=60)
+    units = [Projection([1.0, -0.1]), "0.3*projection[1,0] + 0.7*projection[0,1]"]
+    one = tilt(
+        prior, units, np.array([0.0, 0.5]), np.int64(4), energy=Target("z=1", 0.7), guidance=DPS(profile=(0.1, 1.0)),
+        sampler=Particles(2), steps=6, pilot=8, out=tmp_path / "one", accelerator="cpu",
+    )  # fmt: skip
+    main([f"--config={tmp_path / 'one' / 'config.yaml'}", f"--out={tmp_path / 'two'}"])
+    two = RunFolder(tmp_path / "two")
+    assert two.read_manifest()["identity"] == one.folder.read_manifest()["identity"]
+    assert two.samples().drop_columns("seconds").equals(one.folder.samples().drop_columns("seconds"))
+
+
+def test_what_no_file_can_name_is_said_in_config_yaml_and_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sample.py"])
+
+    class Own(GaussianMixture):
+        pass
+
+    tilt(
+        Own([1.0], [[0.0]], [1.0], points=60), Projection([1.0]), [0.0, 1.0], 4, guidance=DPS(profile=lambda t: t),
+        steps=6, pilot=8, out=tmp_path / "one", accelerator="cpu",
+    )  # fmt: skip
+    text = (tmp_path / "one" / "config.yaml").read_text()
+    assert "# model.prior is an object in memory" in text
+    assert "# model.guidance is an object in memory" in text
+    with pytest.raises(SystemExit):
+        run(lambda: main([f"--config={tmp_path / 'one' / 'config.yaml'}", f"--out={tmp_path / 'two'}"]))
+    assert "in memory" in capsys.readouterr().err
+    assert not (tmp_path / "two").exists()
+
+
+def test_units_are_spelled_so_that_they_read_back(tmp_path):
+    """Whatever their form; an encoder that this process alone knows has none."""
+    keys = {"encoder": "bundled", "layer": "blocks.3", "tokens": "cls", "unit": 5}
+    long = Projection([1 / 3] * 12)
+    for asked in (
+        keys,
+        "bundled,class=cat and not bundled,class=dog",
+        long,
+        f"-2*{spell(long)} + 1*projection[1]",
+    ):
+        unit = build_unit(asked)
+        assert build_unit(yaml.safe_load(yaml.safe_dump(spell(unit)))).name == unit.name
+    register_encoder(Encoder(torch.nn.Flatten(), 8, name="in-this-process"))
+    with pytest.raises(UnspeakableError, match="in-this-process was registered in this process"):
+        spell(build_unit("in-this-process,channel=0"))
 
 
 def test_the_bundled_unit_rises_and_its_images_come_back(tmp_path):

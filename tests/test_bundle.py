@@ -76,7 +76,7 @@ def test_auto_takes_the_reader_where_it_fits_and_the_encoder_elsewhere():
     prior = load_prior("bundled")
     bank = UnitBank([build_unit(u) for u in ("bundled,class=horse", "bundled,class=deer")])
     (note,) = adopt_twins(bank, ["auto"], prior.fingerprint)
-    assert "does not know bundled,class=deer" in note
+    assert "the encoder itself reads clean estimates of bundled,class=deer" in note
     assert len(bank.twins) == 1
     x, each = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
     told, own = bank.read(x, each, 0.0), bank.read(x, each)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from shutil import copytree
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from tiltlens.guidance import DPS, LGD, MPGD, Calibrated, Learned, MomentMatched
 from tiltlens.modules.image_data import ImageFolderData
 from tiltlens.modules.noise_aware_module import OUTPUT, NoiseAwareModule
 from tiltlens.modules.own_samples import read_samples
+from tiltlens.modules.sampling_cli import main
 from tiltlens.modules.sampling_module import SamplingModule
 from tiltlens.modules.training_cli import TrainingCLI
 from tiltlens.priors import load_prior
+from tiltlens.run_folder import RunFolder
 from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler
 from tiltlens.units import Encoder, UnitBank, build_unit, load_encoder, register_encoder
@@ -98,6 +101,40 @@ def test_it_reads_within_its_levels_and_the_encoder_without(parts):
     for level, expected in ((None, own), (-3.1, own), (-3.0, twin), (3.0, twin), (3.1, own)):
         assert torch.equal(bank.read(x, which, level), expected)
         assert torch.equal(bank.read_all(x, level)[:, 0], expected)
+
+
+def test_auto_passes_over_another_prior_and_says_so_but_not_over_damage(parts, tmp_path, monkeypatch):
+    folder, prior = parts[:2]
+    copytree(folder / "same", tmp_path / "twin")
+    monkeypatch.setattr("tiltlens.units.noise_aware.BUNDLED", tmp_path / "twin")
+    bank = UnitBank([build_unit(UNITS[0])])
+    (note,) = adopt_twins(bank, ["auto"], "0" * 64)
+    assert (
+        "the encoder itself reads clean estimates, for the bundled reader was trained under the prior" in note
+    )
+    assert not bank.twins
+    assert adopt_twins(bank, ["auto"], prior.fingerprint) == []
+    assert bank.twins
+    weights = tmp_path / "twin" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        adopt_twins(bank, ["auto"], prior.fingerprint)
+
+
+def test_who_reads_in_place_of_the_bundled_reader_is_said(parts, tmp_path, monkeypatch, capsys):
+    """Of an encoder that it was not trained for: on the terminal, in summary.json, and so in the report."""
+    monkeypatch.setattr("sys.argv", ["sample.py"])
+    main([
+        f"--model.prior={parts[0] / 'prior'}", f"--model.unit={UNITS[0]}", "--model.noise_aware=auto", "--model.steps=2",
+        "--model.pilot=8", "--data.n=1", "--data.strengths=[0]", "--trainer.accelerator=cpu", "--trainer.logger=false",
+        f"--out={tmp_path}",
+    ])  # fmt: skip
+    note = RunFolder(tmp_path).read_summary()["warnings"][0]
+    assert (
+        "the encoder itself reads clean estimates, for the bundled reader was trained for the encoder" in note
+    )
+    assert "/" not in note  # no machine's path
+    assert note in capsys.readouterr().err
 
 
 def test_a_run_is_named_by_its_twin(parts):

@@ -1,5 +1,7 @@
 """Laws of writing: what was there before is there until the new is whole, and a full disk is told in one message."""
 
+import errno
+import os
 import resource
 import signal
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from tiltlens.modules.command_line import run
 from tiltlens.modules.encoder_module import EncoderModule
 from tiltlens.modules.sae_module import SparseAutoencoderModule
 from tiltlens.modules.writing import whole_file
+from tiltlens.run_folder import RunFolder
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 1}
 UNET = {"sample_size": 8, "block_out_channels": [8], "down_block_types": ["DownBlock2D"],
@@ -95,3 +98,26 @@ def test_a_full_disk_is_told_without_a_traceback(tmp_path, capsys):
     assert not list(tmp_path.iterdir())  # what was begun does not fill it further
     with pytest.raises(OSError, match="elsewhere"):  # a fault of the program keeps its traceback
         run(lambda: (_ for _ in ()).throw(OSError("elsewhere")))
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENAMETOOLONG])
+def test_a_place_that_takes_no_files_is_told_with_what_to_do(number, tmp_path, capsys):
+    """A file system that is mounted read-only cannot be had in a test: its error is."""
+
+    def main():
+        raise OSError(number, os.strerror(number), str(tmp_path / "run"))
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {os.strerror(number)}: {tmp_path / 'run'}. ")
+    assert "--out" in said
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file"])
+def test_a_run_folder_that_cannot_be_written_is_told_before_anything_is_sampled(name, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"the run folder .* cannot be written: .*Choose another --out"):
+        RunFolder(tmp_path / name).lock()
+    assert (tmp_path / "file").read_text() == "mine"

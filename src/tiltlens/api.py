@@ -25,6 +25,7 @@ from tiltlens.modules.plan_data import PlanData
 from tiltlens.modules.progress import SamplingProgress
 from tiltlens.modules.run_writer import RunFolderWriter
 from tiltlens.modules.sampling_module import SamplingModule
+from tiltlens.modules.spelled import config_text
 from tiltlens.priors.prior import Prior
 from tiltlens.report import write_report
 from tiltlens.run_folder import RunFolder
@@ -34,7 +35,9 @@ from tiltlens.units import Unit
 
 @dataclass(frozen=True)
 class Tilt:
-    """What `tilt` found. folder: the run folder, with everything that sample.py writes."""
+    """What `tilt` found. folder: the run folder, with everything that sample.py writes; report.html once `report` is called.
+
+    Its config.yaml repeats the run by sample.py; of an object in memory, which no file can name, a comment says so."""
 
     folder: RunFolder
 
@@ -93,22 +96,28 @@ def tilt(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="tiltlens-"))
     module = SamplingModule(prior, unit, energy, guidance, **settings)
+    plan = {"n": n, "seed": seed, "batch_size": batch_size}
     if constraint is None:
         data = PlanData(list(strengths), n, seed, batch_size)
+        plan = {"strengths": data.strengths, **plan}
     else:
         data = ConstraintPlan(Asked.parse(constraint), n, seed, batch_size)
         data.asked.check(module.pilot, module.natural, module.eta, module.method)
-    writer = RunFolderWriter(str(folder), report=False)
+    writer = RunFolderWriter(str(folder), config_text(module, plan, accelerator, constraint), report=False)
     trainer = Trainer(
         inference_mode=False, logger=False, enable_checkpointing=False, enable_model_summary=False,
         enable_progress_bar=False, accelerator=without_mps(accelerator), devices=1, default_root_dir=str(folder),
         callbacks=[SamplingProgress(), writer],
     )  # fmt: skip
     module.check_trainer(trainer)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning.*")
-        if isinstance(data, ConstraintPlan):
-            solve(trainer, module, data, writer)
-        else:
-            trainer.predict(module, datamodule=data, return_predictions=False)
+    writer.folder.lock()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning.*")
+            if isinstance(data, ConstraintPlan):
+                solve(trainer, module, data, writer)
+            else:
+                trainer.predict(module, datamodule=data, return_predictions=False)
+    finally:
+        writer.folder.unlock()
     return Tilt(writer.folder)

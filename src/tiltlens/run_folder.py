@@ -8,9 +8,10 @@
 
 Every file is written under a temporary name and renamed, so that a reader sees a whole file or none. A batch
 is one part, named by the samples in it: several ranks may write at once, a repeated batch replaces its own
-part, and a row that is listed has its image. One process consolidates.
+part, and a row that is listed has its image. One process consolidates. One run at a time: it holds DIR/.lock.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -29,9 +30,17 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from tiltlens import run_tables
+from tiltlens.errors import UserError
 from tiltlens.run_tables import CURVE, KEY, SAMPLES, STEP_KEY, STEPS, as_json, as_table, merge
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: runs are not kept apart there
+    fcntl = None
+
 STATES = ("running", "complete", "incomplete")
+LOCK = ".lock"
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST}
 
 
 def unit_slug(unit: str) -> str:
@@ -65,6 +74,7 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
+        self._locks, self._descriptor, self._made = 0, None, False
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -75,13 +85,14 @@ class RunFolder:
     def _renamed(self, name: str):
         """A path to write to, which becomes DIR/name if the block ends well and nothing if it does not."""
         path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
-            yield temporary
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _writing(self.path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                yield temporary
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def write(self, name: str, data: str | bytes) -> Path:
         """DIR/name with this text (UTF-8) or these bytes."""
@@ -108,6 +119,62 @@ class RunFolder:
 
     # -- whose folder it is --
 
+    def lock(self) -> None:
+        """Keep every other run out until `unlock`; may be nested. Raises UserError where another run has the folder, or where
+        it cannot be written.
+
+        The lock is the system's, on DIR/.lock: it ends with the process, however that ends. Where a file system has
+        no locks, there is none.
+        """
+        self._locks += 1
+        if self._locks > 1 or fcntl is None:
+            return
+        try:
+            self._descriptor = self._locked()
+        except BaseException:
+            self.unlock()
+            raise
+
+    def _locked(self) -> int:
+        """The descriptor of DIR/.lock."""
+        name = self.path / LOCK
+        while True:
+            with _writing(self.path):
+                self._made = self._made or not self.path.exists()
+                self.path.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                self._made = False
+                raise UserError(
+                    f"another run is writing {self.path}: expected a folder that no run is writing. Wait until it ends, or "
+                    "choose another --out"
+                ) from None
+            except OSError:  # a file system without locks
+                return descriptor
+            try:
+                if os.path.samestat(os.fstat(descriptor), os.stat(name)):
+                    return descriptor
+            except FileNotFoundError:
+                pass
+            os.close(descriptor)  # the run that had it took it away between the two calls above
+
+    def unlock(self) -> None:
+        """Let other runs in; a folder that was made for the lock alone is taken away."""
+        self._locks = max(self._locks - 1, 0)
+        if self._locks:
+            return
+        if self._descriptor is not None:
+            with suppress(OSError):  # before it is given up: nobody else's is taken away
+                (self.path / LOCK).unlink()
+            os.close(self._descriptor)
+        if self._made:
+            with suppress(OSError):  # it holds something by now
+                self.path.rmdir()
+        self._descriptor, self._made = None, False
+
     def claim(self, identity: dict) -> bool:
         """Take the folder for a run; True if it already holds rows of the same run, to be resumed.
 
@@ -117,7 +184,9 @@ class RunFolder:
         """
         identity = json.loads(as_json(identity))
         # Listed before the manifest is read: another rank may be claiming, and that is its first file.
-        found = [p.name for p in self.path.iterdir() if p.suffix != ".tmp"] if self.path.exists() else []
+        found = []
+        if self.path.exists():
+            found = [p.name for p in self.path.iterdir() if p.suffix != ".tmp" and p.name != LOCK]
         manifest = self.read_manifest()
         if not manifest:
             if found:
@@ -150,9 +219,9 @@ class RunFolder:
         return True
 
     def read_manifest(self) -> dict:
-        """manifest.json, or {} if there is none."""
-        path = self.path / "manifest.json"
-        return json.loads(path.read_bytes()) if path.exists() else {}
+        """manifest.json, or {} if there is none. Raises UserError for a damaged one."""
+        told = "it says which run's samples these are. Restore it from a copy, or choose another --out"
+        return _read_json(self.path / "manifest.json", told) or {}
 
     def write_manifest(self, entries: dict) -> None:
         """Set these top-level entries of manifest.json and keep the others. "state" is one of STATES."""
@@ -199,10 +268,11 @@ class RunFolder:
     def consolidate(self) -> None:
         """Merge all parts into samples.parquet and steps.parquet, then remove them. One process at a time.
 
-        A damaged file is set aside as NAME.unreadable; its rows are not in `done`.
+        A damaged file is set aside as NAME.unreadable. Rows of samples are not in `done` then; steps are lost.
         """
         parts = self._read_parts(None, set_aside=True)
         if not parts and (self.path / "samples.parquet").exists():
+            _read(self.path / "steps.parquet", None, set_aside=True)
             return
         # Steps first: a row that is listed has its steps. Stopped anywhere, the parts are merged once more.
         for name, schema, key, half in (
@@ -212,7 +282,7 @@ class RunFolder:
             tables = [half(part) for part in parts.values()]
             self._write_table(name, self._with_whole(name, tables, schema, key, set_aside=True))
         for path in parts:
-            path.unlink()
+            path.unlink(missing_ok=True)
         with suppress(OSError):  # not there, or not empty: another rank is writing
             (self.path / "parts").rmdir()
 
@@ -242,9 +312,35 @@ class RunFolder:
         self.write("summary.json", as_json(summary))
 
     def read_summary(self) -> dict:
-        """summary.json: rows, natural, warnings; each empty if there is none."""
-        path = self.path / "summary.json"
-        return json.loads(path.read_bytes()) if path.exists() else {"rows": [], "natural": {}, "warnings": []}
+        """summary.json: rows, natural, warnings; each empty if there is none. Raises UserError for a damaged one."""
+        told = "it is made from samples.parquet. Remove it and give the run's own command again, which samples nothing twice"
+        return _read_json(self.path / "summary.json", told) or {"rows": [], "natural": {}, "warnings": []}
+
+
+@contextmanager
+def _writing(folder: Path):
+    """Raises UserError for a folder that does not take files."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise UserError(
+            f"the run folder {folder} cannot be written: {error.strerror} ({error.filename}). Choose another --out"
+        ) from error
+
+
+def _read_json(path: Path, remedy: str) -> dict | None:
+    """None where there is no such file. Raises UserError with this remedy for one that is not an object of JSON."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__} where an object was expected")
+        return found
+    except ValueError as error:  # of JSON, and of UTF-8
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
 
 
 def _read(path: Path, columns: list[str] | None, set_aside: bool) -> pa.Table | None:
@@ -256,7 +352,10 @@ def _read(path: Path, columns: list[str] | None, set_aside: bool) -> pa.Table | 
     except (pa.ArrowException, OSError) as error:
         if getattr(error, "errno", None):
             raise  # the disk or a permission, not the file
-        warn(f"{path} is damaged ({error}); its rows will be sampled again", stacklevel=2)
+        lost = "its rows will be sampled again"
+        if path.name == "steps.parquet":
+            lost = "the samples are whole, what it recorded of their steps is lost; another --out records it again"
+        warn(f"{path} is damaged ({error}); {lost}", stacklevel=2)
     if set_aside:
         path.rename(path.with_name(f"{path.name}.unreadable"))
     return None

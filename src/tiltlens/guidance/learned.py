@@ -11,6 +11,7 @@ one strength where that one over-tilts: compare them at equal nats.
 """
 
 import math
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -87,7 +88,7 @@ class Lesson:
         return cls(theta, zero[:1], *nothing, none, zero, zero, torch.tensor([0, 0]), none, zero)
 
     def save(self, path: Path) -> None:
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # two runs may share a folder of pilots
         save_file({f.name: getattr(self, f.name).contiguous() for f in fields(self)}, temporary)
         temporary.replace(path)
 

@@ -6,6 +6,7 @@ fault of this program and keeps its traceback.
 """
 
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -31,6 +32,15 @@ USER_ERRORS = (
     MisconfigurationException,  # Lightning's word for trainer settings that cannot be met
 )
 
+# What is wrong with a place, and what to do.
+PLACE = {
+    errno.EROFS: "Nothing can be written there: choose another place, --out for what the run writes",
+    errno.EACCES: "Give yourself leave, or choose another place, --out for what the run writes",
+    errno.EPERM: "Give yourself leave, or choose another place, --out for what the run writes",
+    errno.ENAMETOOLONG: "Choose a shorter name, --out for what the run writes",
+    errno.ELOOP: "A link leads to itself: choose another place",
+}
+
 
 def run(main: Callable[[], object]) -> None:
     """Calls main; exits with 2 and one message on stderr for a user's error, with 130 for an interrupt."""
@@ -40,9 +50,10 @@ def run(main: Callable[[], object]) -> None:
         print(f"error: {_text(error)}", file=sys.stderr)
         sys.exit(2)
     except DISK_ERRORS as error:
-        if not no_room(error):
+        if not (no_room(error) or getattr(error, "errno", None) in PLACE):
             raise
-        print(f"error: {_text(error)}: a disk is full, make room", file=sys.stderr)
+        told = ": a disk is full, make room" if no_room(error) else ""
+        print(f"error: {_text(error)}{told}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -50,7 +61,8 @@ def run(main: Callable[[], object]) -> None:
 
 def _text(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.strerror}: {error.filename}"
+        advice = PLACE.get(error.errno)
+        return f"{error.strerror}: {error.filename}" + (f". {advice}" if advice else "")
     return plain(str(error)) or type(error).__name__
 
 

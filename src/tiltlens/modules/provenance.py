@@ -15,12 +15,11 @@ PACKAGES = ("tiltlens", "torch", "torchvision", "lightning", "diffusers", "timm"
 
 
 def provenance(module: Any) -> dict[str, Any]:
-    """For manifest.json. module: a loaded SamplingModule."""
+    """For manifest.json, but for the device, which is known when the run starts. module: a loaded SamplingModule."""
     schedule = module.prior.denoiser.schedule
     first = step_indices(schedule, module.steps, module.spacing)[0]
     return {
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-        "device": _device(module.device),
         "git_revision": _revision(),
         "prior": {"name": module.prior.name, "sha256": module.prior.fingerprint, **module.prior.describe()},
         "units": {u.name: {"slug": u.slug, "sha256": u.fingerprint, "encoders": _encoders(u)} for u in module.units},
@@ -38,7 +37,8 @@ def _encoders(unit: Unit) -> dict[str, str]:
     return {m.encoder.name: m.encoder.fingerprint for m in unit.members if m.encoder is not None}
 
 
-def _device(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """For manifest.json: the kind of device and which one it is."""
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
     return f"{device.type}: {platform.machine()}, {torch.get_num_threads()} threads"

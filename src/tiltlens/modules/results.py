@@ -1,6 +1,6 @@
 """From a run folder's rows to its curve: the one place where recorded rows meet the estimators."""
 
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,12 @@ import torch
 
 from tiltlens.constraint import Constraint
 from tiltlens.estimates import estimate_curve
+from tiltlens.estimates.curve import merged
 from tiltlens.modules.dual import ConstraintPlan
 from tiltlens.run_folder import RunFolder
 from tiltlens.run_tables import as_json
 
+GUIDED = 0.1  # of the steps: with fewer, a strength is not what it says
 NAMED = 20  # rows that a warning names
 DETERMINISTIC = (
     "eta = 0: the chain is deterministic, its steps have no noise to measure a shift against: path_kl, log_w and what "
@@ -25,8 +27,9 @@ def estimate_run(folder: RunFolder, module: Any, data: Any) -> None:
     """Write curve.parquet, summary.json and pilot/samples.parquet. module: a SamplingModule that has sampled."""
     sampler = module.sampler
     table = columns(folder.samples())
+    steps = columns(folder.steps()) if module.method.guides else {}
     pilots = pilot_table(sampler.constraint, sampler.pilots) if sampler.pilots else None
-    rows, warnings, natural, certificates = [], [], {}, {}
+    rows, warnings, natural, certificates = [], list(module.notes), {}, {}
     asked = data.asked if isinstance(data, ConstraintPlan) else None
     for i, unit in enumerate(module.units):
         mine = {k: v[table["unit"] == unit.name] for k, v in table.items()}
@@ -36,7 +39,7 @@ def estimate_run(folder: RunFolder, module: Any, data: Any) -> None:
             here = mine["strength"] == row["strength"]
             row["seconds"] = float(np.nansum(mine["seconds"][here]))
         rows += curve
-        warnings += [f"{unit.name}: {note}" for note in [*notes, *lost(mine)]]
+        warnings += [f"{unit.name}: {note}" for note in [*notes, *lost(mine), *unguided(steps, unit.name)]]
         reference = sampler.constraint.naturals[i]
         if note := sampler.constraint.energy.note(reference):
             warnings.append(f"{unit.name}: {note}")
@@ -69,6 +72,22 @@ def lost(samples: dict[str, np.ndarray]) -> list[str]:
     )
 
 
+def unguided(steps: dict[str, np.ndarray], unit: str) -> list[str]:
+    """The strengths above 0 at which next to no recorded step moved any row of this unit. steps: columns; {} says nothing."""
+    notes, acts = [], steps and np.nan_to_num(steps["guidance_norm"]) != 0
+    for strength in np.unique(steps["strength"][steps["unit"] == unit]) if steps else ():
+        here = (steps["unit"] == unit) & (steps["strength"] == strength)
+        count, acted = len(np.unique(steps["step"][here])), len(np.unique(steps["step"][here & acts]))
+        known = np.isfinite(steps["guidance_norm"][here]).all()  # rows that were lost are told of elsewhere
+        if strength > 0 and known and acted < GUIDED * count:
+            notes.append(
+                f"strength {strength:g}: the guidance acted at {acted} of {count} steps, so that these are samples of strength 0 "
+                "or close to them. A unit that the pilot could not read, a narrow profile or very few steps do this: try a larger "
+                "model.pilot, more model.steps, a wider profile, or another unit."
+            )
+    return merged(notes)
+
+
 def columns(table: pa.Table) -> dict[str, np.ndarray]:
     """Columns as arrays; null numbers are NaN, null strings None."""
     return {name: table[name].to_numpy() for name in table.column_names}
@@ -94,8 +113,6 @@ def _level(constraint: Constraint, i: int) -> float | None:
 
 
 def _write_table(folder: RunFolder, name: str, columns: dict[str, np.ndarray]) -> None:
-    path = Path(folder.path) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.table({k: pa.array(v) for k, v in columns.items()}), temporary)
-    temporary.replace(path)
+    buffer = BytesIO()
+    pq.write_table(pa.table({k: pa.array(v) for k, v in columns.items()}), buffer)
+    folder.write(name, buffer.getvalue())

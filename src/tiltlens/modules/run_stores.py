@@ -8,8 +8,11 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,6 +24,7 @@ from tiltlens.sampling.pilot import UnitPilot
 from tiltlens.units import Unit
 
 PILOT = ("prior", "chain", "pilot", "noise_aware")  # of a run's identity, what names a pilot
+DAMAGED = (KeyError, TypeError, SafetensorError)  # what reading raises of a file that is not whole
 LESSON = (*PILOT, "energy", "guidance", "natural")
 
 
@@ -49,7 +53,7 @@ class PilotStore:
     def load_natural(self, units: list[Unit]) -> list[Tensor] | None:
         """Member activations (N, k) of each unit on the images of model.natural; None where they have not been read."""
         file = self.path / "natural.safetensors"
-        found = load_file(file) if file.exists() else {}
+        found = _whole(load_file, file, "the natural images are read again") or {}
         return [found[u.slug] for u in units] if all(u.slug in found for u in units) else None
 
     def save_natural(self, units: list[Unit], members: list[Tensor]) -> None:
@@ -77,14 +81,15 @@ class PilotStore:
     def _load(self, kind: Any, files: list[tuple[Path, Path | None]]) -> list | None:
         found = []
         for own, shared in files:
-            if own.exists():
-                found.append(kind.load(own))
+            mine = _whole(kind.load, own, "it is made again")
+            if mine is not None:
+                found.append(mine)
             elif shared is None or not shared.exists():
                 return None
             else:
                 try:
                     found.append(kind.load(shared))
-                except (OSError, KeyError, ValueError, SafetensorError):  # damaged: made again
+                except (OSError, ValueError, *DAMAGED):  # made again
                     return None
                 _copy(shared, own)
         return found
@@ -114,7 +119,23 @@ class RecordStore:
         fresh.replace(file)
 
     def load(self) -> list[dict[str, Tensor]]:
-        return [load_file(file) for file in sorted(self.path.glob("*.safetensors"))]
+        lost = "the sampler's diagnostics leave its batch out"
+        found = [_whole(load_file, file, lost) for file in sorted(self.path.glob("*.safetensors"))]
+        return [record for record in found if record is not None]
+
+
+def _whole(load: Callable[[Path], Any], file: Path, remedy: str) -> Any:
+    """What is in a file; None where there is none, or where it is damaged: it is set aside then, with a warning."""
+    if not file.exists():
+        return None
+    try:
+        return load(file)
+    except DAMAGED as error:
+        aside = file.with_name(f"{file.name}.damaged")
+        with suppress(FileNotFoundError):  # another rank was there first
+            file.replace(aside)
+        warn(f"{file} is damaged ({error}): set aside as {aside.name}, {remedy}", stacklevel=2)
+        return None
 
 
 def _copy(source: Path, target: Path) -> None:

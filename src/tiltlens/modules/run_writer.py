@@ -6,13 +6,15 @@ the parts, estimates the curve and writes the report.
 
 import datetime
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from tiltlens.modules.provenance import provenance
+from tiltlens.errors import UserError
+from tiltlens.modules.provenance import device_name, provenance
 from tiltlens.modules.results import estimate_run
 from tiltlens.modules.run_stores import PilotStore, RecordStore
 from tiltlens.modules.sampling_module import SamplingModule
@@ -36,7 +38,7 @@ class RunFolderWriter(Callback):
         self.folder = RunFolder(out)
         self.config, self.report = config, report
         self._began, self._open = time.time(), False
-        self._claimed = False
+        self._claimed, self._locked = False, False
         self.whole = False  # whether all that is asked was here before
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -45,6 +47,8 @@ class RunFolderWriter(Callback):
                 f"RunFolderWriter writes what SamplingModule samples; found {type(pl_module).__name__}"
             )
         if trainer.is_global_zero:
+            self.folder.lock()  # once more where the caller has it already, for a run of several predictions
+            self._locked = True
             self.open(pl_module, trainer.datamodule)
         trainer.strategy.barrier("claimed")
         pl_module.load()
@@ -144,6 +148,11 @@ class RunFolderWriter(Callback):
         self.records.save(pl_module.method.recorded() if any(r.strength > 0 for r in outputs.rows) else None)
         self.folder.write_part(rows, steps)
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not in open: before this hook the module lies on the CPU, wherever it will run
+        if trainer.is_global_zero and trainer.datamodule.remaining():
+            self.folder.write_manifest({"device": device_name(trainer.strategy.root_device)})
+
     def on_predict_batch_start(self, *_: Any, **__: Any) -> None:
         self._batch_began = time.time()
 
@@ -151,7 +160,19 @@ class RunFolderWriter(Callback):
         if self._claimed and isinstance(
             exception, ValueError | OSError
         ):  # the user's to put right: with other settings, perhaps
-            self.folder.release()
+            with suppress(
+                OSError, UserError
+            ):  # of a folder that takes no files: the error that is told is the first
+                self.folder.release()
+        self._unlock()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._locked:
+            self._locked = False
+            self.folder.unlock()
 
     def on_predict_end(self, trainer: Trainer, pl_module: SamplingModule) -> None:
         trainer.strategy.barrier("sampled")

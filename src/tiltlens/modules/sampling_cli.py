@@ -125,29 +125,18 @@ def main(args: list[str] | None = None) -> None:
         return
     cli.model.check_trainer(cli.trainer)
     writer = next(c for c in cli.trainer.callbacks if isinstance(c, RunFolderWriter))
-    data, asked = cli.datamodule, cli.config["constraint"]
-    if asked is not None:
-        data = ConstraintPlan(Asked.parse(asked), data.n, data.seed, data.batch_size)
-        data.asked.check(cli.model.pilot, cli.model.natural, cli.model.eta, cli.model.method)
-    elif cli.trainer.is_global_zero:
-        writer.open(cli.model, data)
-        if writer.whole:
-            cli.trainer.loggers = []  # nothing to do: no second W&B run that says the same
-    unmet: list[str] = []
+    if cli.trainer.is_global_zero:
+        writer.folder.lock()
     try:
-        if asked is None:
-            cli.trainer.predict(cli.model, datamodule=data, return_predictions=False)
-        else:
-            certificates = solve(cli.trainer, cli.model, data, writer)
-            met = ("reached", "natural")
-            unmet = [u.name for u, c in zip(cli.model.units, certificates) if c["status"] not in met]
-            if cli.trainer.is_global_zero:
-                print(*(entry["text"] for entry in certificates), sep="\n")
+        unmet = _sample(cli, writer)
     except SystemExit:
         if not cli.trainer.interrupted:
             raise
         print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
         raise KeyboardInterrupt from None  # Lightning makes an exit with status 1 of it
+    finally:
+        if cli.trainer.is_global_zero:
+            writer.folder.unlock()
     if cli.trainer.is_global_zero:
         # A number that is missing is not looked for on a page: what the run cannot say is said where it ends.
         for line in RunFolder(cli.out).read_summary()["warnings"]:
@@ -157,3 +146,22 @@ def main(args: list[str] | None = None) -> None:
             print(f"error: the constraint is not met by {', '.join(unmet)}: see above", file=sys.stderr)
     if unmet:
         sys.exit(1)
+
+
+def _sample(cli: SamplingCLI, writer: RunFolderWriter) -> list[str]:
+    """The units by which a constraint is not met."""
+    data, asked = cli.datamodule, cli.config["constraint"]
+    if asked is None:
+        if cli.trainer.is_global_zero:
+            writer.open(cli.model, data)
+            if writer.whole:
+                cli.trainer.loggers = []  # nothing to do: no second W&B run that says the same
+        cli.trainer.predict(cli.model, datamodule=data, return_predictions=False)
+        return []
+    data = ConstraintPlan(Asked.parse(asked), data.n, data.seed, data.batch_size)
+    data.asked.check(cli.model.pilot, cli.model.natural, cli.model.eta, cli.model.method)
+    certificates = solve(cli.trainer, cli.model, data, writer)
+    if cli.trainer.is_global_zero:
+        print(*(entry["text"] for entry in certificates), sep="\n")
+    met = ("reached", "natural")
+    return [u.name for u, c in zip(cli.model.units, certificates) if c["status"] not in met]

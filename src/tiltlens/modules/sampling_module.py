@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from tiltlens.batches import network_rows
@@ -119,6 +118,9 @@ class SamplingModule(LightningModule):
         self.pilot_store: Any = None  # where a pilot is kept; given by the run-folder writer
         self.progress: Callable[[str, int, int], None] | None = None
         self.pilot_seconds = 0.0
+        self.notes: list[
+            str
+        ] = []  # what a reader of the results should know of how it was read: of summary.json
 
     def load(self) -> None:
         """Load prior and encoders and check that they fit; idempotent. All errors of the user's come from here."""
@@ -142,8 +144,7 @@ class SamplingModule(LightningModule):
             natural_files(self.natural)
         bank.validate(prior.image_size or prior.denoiser.shape)
         self.guidance.check_target(prior, self.units, self.energy, ())
-        for note in adopt_twins(bank, self.noise_aware, prior.fingerprint):
-            rank_zero_info(note)
+        self.notes = adopt_twins(bank, self.noise_aware, prior.fingerprint)
         self.bank, self.prior = bank, prior
 
     def setup(self, stage: str) -> None:
@@ -167,6 +168,17 @@ class SamplingModule(LightningModule):
             raise ValueError(
                 f"trainer.precision = {trainer.precision}: the chain runs in float32; the precision of the prior's network "
                 "is --model.precision bfloat16"
+            )
+        limit = trainer.limit_predict_batches
+        if trainer.fast_dev_run or isinstance(limit, int) or limit != 1.0:
+            found = (
+                f"fast_dev_run = {trainer.fast_dev_run}"
+                if trainer.fast_dev_run
+                else f"limit_predict_batches = {limit}"
+            )
+            raise ValueError(
+                f"a run is whole when all its rows are there: expected all batches, found trainer.{found}, which leaves some "
+                "out. For a smaller run set data.n or data.strengths; both may grow later"
             )
 
     def on_predict_start(self) -> None:

@@ -124,6 +124,7 @@ class GaussianMixture(Prior):
             raise ValueError("GaussianMixture: weights, means and variances must be finite")
         if bool((w <= 0).any()) or bool((v <= 0).any()):
             raise ValueError("GaussianMixture: weights and variances must be positive")
+        self.asked = {"weights": w.tolist(), "means": m.tolist(), "variances": v.tolist(), "points": points}
         w = w / w.sum()
         self.name = f"GaussianMixture({len(w)} components, dimension {m.shape[1]})"
         self.denoiser = MixtureDenoiser(w, m, v, Schedule.from_log_snr(levels(m, v, points)))

@@ -104,6 +104,7 @@ class ChainSampler:
 
     group_size: int = 1
     weighs_deterministic = False  # whether weights and path KL are defined at eta = 0
+    guides = True  # whether it steers by the guidance
 
     def check(self, eta: float) -> None:
         """Raises ValueError for a chain that this sampler cannot work with."""

@@ -63,6 +63,7 @@ class NoiseSpace(ChainSampler):
     """
 
     weighs_deterministic = True
+    guides = False
 
     def __init__(self, levels: int = 24, moves: int = 1, final: int = 8, replicas: int = 16):
         asked = (("levels", levels, 1), ("moves", moves, 1), ("final", final, 0), ("replicas", replicas, 4))

@@ -6,6 +6,7 @@ calibrated twist freezes. A pilot is named by prior, units, chain and its own se
 independent of every sample's, so that a slope never knows the noise it will steer.
 """
 
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class UnitPilot:
     features: Tensor | None = None
 
     def save(self, path: Path) -> None:
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # two runs may share a folder of pilots
         save_file({"members": self.members.contiguous(), "path": self.path.contiguous()}, temporary)
         temporary.replace(path)
 

@@ -51,6 +51,15 @@ class TwinConfig:
     trained: dict[str, Any] = field(default_factory=dict)
 
 
+class OtherTwinError(ValueError):
+    """A twin that is whole, of another encoder or under another prior than the run's. what: in which of the two it differs, and
+    its own name."""
+
+    def __init__(self, message: str, what: str):
+        super().__init__(message)
+        self.what = what
+
+
 class NoiseAware(nn.Module):
     """The twin of one encoder. sha256: of its weights, and of the levels and units that it reads."""
 
@@ -135,7 +144,8 @@ def save_twin(twin: Encoder | UnitReader, config: TwinConfig, folder: Path) -> P
 
 def load_twin(folder: str | Path, encoders: Iterable[Encoder], prior_sha256: str) -> NoiseAware:
     """The twin in a folder, or the "bundled" one, of one of these encoders and under this prior. Raises
-    FileNotFoundError where there is none, ValueError for one of another encoder or prior, or with weights that do not fit."""
+    FileNotFoundError where there is none, OtherTwinError for one of another encoder or prior, and ValueError with weights that do
+    not fit."""
     folder = twin_folder(folder)
     try:
         told = json.loads((folder / CONFIG).read_text())
@@ -148,14 +158,16 @@ def load_twin(folder: str | Path, encoders: Iterable[Encoder], prior_sha256: str
     mine = next((e for e in encoders if e.fingerprint == config.encoder["sha256"]), None)
     if mine is None:
         found = ", ".join(f"{e.name} ({e.fingerprint[:12]})" for e in encoders) or "none"
-        raise ValueError(
+        raise OtherTwinError(
             f"model.noise_aware {folder}: expected the encoder it was trained for, {config.encoder['name']} "
-            f"({config.encoder['sha256'][:12]}), found {found}: train one for this encoder, or leave it out"
+            f"({config.encoder['sha256'][:12]}), found {found}: train one for this encoder, or leave it out",
+            f"for the encoder {config.encoder['name']}",
         )
     if prior_sha256 != config.prior["sha256"]:
-        raise ValueError(
+        raise OtherTwinError(
             f"model.noise_aware {folder} was trained under the prior {config.prior['name']} "
-            f"({config.prior['sha256'][:12]}), this run has {prior_sha256[:12]}: train one under this prior, or leave it out"
+            f"({config.prior['sha256'][:12]}), this run has {prior_sha256[:12]}: train one under this prior, or leave it out",
+            f"under the prior {config.prior['name']}",
         )
     weights = read_weights(str(folder / WEIGHTS))
     twin = twin_of(mine)

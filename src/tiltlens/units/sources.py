@@ -32,6 +32,7 @@ from tiltlens.units.encoder import Encoder
 from tiltlens.units.near import near
 
 _loaded: dict[tuple[str, str | None], Encoder] = {}
+_registered: set[str] = set()
 
 
 def load_encoder(name: str, weights: str | None = None) -> Encoder:
@@ -50,6 +51,12 @@ def register_encoder(encoder: Encoder) -> None:
     """Makes an encoder that was built in Python addressable by its name. A later one of the same name
     replaces it."""
     _loaded[encoder.name, None] = encoder
+    _registered.add(encoder.name)
+
+
+def is_registered(name: str) -> bool:
+    """Whether only this process knows the encoder of that name."""
+    return name in _registered
 
 
 def find_encoder(name: str, weights: str | None = None) -> Callable[[], Encoder]:

@@ -4,14 +4,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tiltlens.units.bank import UnitBank
-from tiltlens.units.noise_aware import load_twin
+from tiltlens.units.noise_aware import OtherTwinError, load_twin
 
 AUTO = "auto"
 
 
 def adopt_twins(bank: UnitBank, folders: Iterable[str | Path], prior_sha256: str) -> list[str]:
     """Gives a bank the twins of these folders. "auto" is the bundled one, where prior and encoder are those that it was trained
-    for, and reads the units that it knows; any other has to fit. Returns what to tell: of "auto", what it does not read.
+    for, and reads the units that it knows; any other has to fit. Returns what to tell: of "auto", what it does not read, and why.
 
     Raises as `load_twin` does, and ValueError for units of its encoder that a twin was not trained for.
     """
@@ -20,9 +20,13 @@ def adopt_twins(bank: UnitBank, folders: Iterable[str | Path], prior_sha256: str
         auto = str(folder) == AUTO
         try:
             twin = load_twin("bundled" if auto else folder, bank.encoders, prior_sha256)
-        except ValueError:
+        except OtherTwinError as other:
             if not auto:
                 raise
+            if bank.encoders:
+                notes.append(
+                    f"model.noise_aware = auto: the encoder itself reads clean estimates, for the bundled reader was trained {other.what}"
+                )
             continue
         mine = [m for u in bank.units for m in u.members if m.encoder is not None]
         mine = [m for m in mine if m.encoder.fingerprint == twin.config.encoder["sha256"]]
@@ -34,7 +38,8 @@ def adopt_twins(bank: UnitBank, folders: Iterable[str | Path], prior_sha256: str
             )
         if strange:
             notes.append(
-                f"the bundled noise-aware reader does not know {', '.join(strange)}: read by the encoder"
+                f"model.noise_aware = auto: the encoder itself reads clean estimates of {', '.join(strange)}, for the bundled reader "
+                "was not trained for it"
             )
         if len(strange) < len({m.name for m in mine}):
             bank.adopt(twin)
