@@ -1,5 +1,6 @@
 """The notebook's face, on the mixture and on the bundle."""
 
+import inspect
 import math
 
 import numpy as np
@@ -12,6 +13,7 @@ from tiltlens import GaussianMixture, Linear, Projection, Target, Unit, tilt
 from tiltlens.guidance import DPS, Exact
 from tiltlens.modules.command_line import run
 from tiltlens.modules.sampling_cli import main
+from tiltlens.modules.sampling_module import SamplingModule
 from tiltlens.modules.spelled import UnspeakableError, spell
 from tiltlens.run_folder import RunFolder
 from tiltlens.sampling import Particles
@@ -56,8 +58,11 @@ def test_config_yaml_repeats_the_run_by_sample_py(tmp_path, monkeypatch):
     units = [Projection([1.0, -0.1]), "0.3*projection[1,0] + 0.7*projection[0,1]"]
     one = tilt(
         prior, units, np.array([0.0, 0.5]), np.int64(4), energy=Target("z=1", 0.7), guidance=DPS(profile=(0.1, 1.0)),
-        sampler=Particles(2), steps=6, pilot=8, out=tmp_path / "one", accelerator="cpu",
+        sampler=Particles(2), steps=6, pilot=8, rows=4, out=tmp_path / "one", accelerator="cpu",
     )  # fmt: skip
+    told = yaml.safe_load((tmp_path / "one" / "config.yaml").read_text())["model"]
+    unset = {"natural", "noise_aware", "cache", "prompt"}  # every other argument is told
+    assert told.keys() | unset >= inspect.signature(SamplingModule).parameters.keys()
     main([f"--config={tmp_path / 'one' / 'config.yaml'}", f"--out={tmp_path / 'two'}"])
     two = RunFolder(tmp_path / "two")
     assert two.read_manifest()["identity"] == one.folder.read_manifest()["identity"]

@@ -615,6 +615,13 @@ def test_user_errors_end_with_status_2_and_write_nothing(tmp_path, capsys, chang
     assert not (tmp_path / "out").exists()
 
 
+def test_the_exponents_of_tempering_are_in_the_manifest(tmp_path):
+    main([*COMMAND, "--model.sampler.init_args.temper=0.9", "--trainer.logger=false", f"--out={tmp_path}"])
+    told = RunFolder(tmp_path).read_manifest()["diagnostics"]
+    assert [d["strength"] for d in told] == [1.0, 3.0]
+    assert all(len(d["exponents"]) == 8 and 0 <= min(d["exponents"]) < 1 for d in told)
+
+
 def test_another_number_of_particles_is_another_run(folder, capsys):
     with pytest.raises(SystemExit):
         run_command(

@@ -103,9 +103,8 @@ class EncoderModule(LightningModule):
         if size is None:
             return
         sides = set(asked) if isinstance(asked, list | tuple) else {asked or size}
-        if sides != {
-            size
-        }:  # a network of any size would take them, and be exported with the size that it never saw
+        # a network of any size would take them, and be exported with the size that it never saw
+        if sides != {size}:
             raise UserError(f"data.size = {size}: model.model_args.img_size is {asked}; set both to one size")
         training, weight = self.network.training, next(self.network.parameters())
         try:

@@ -8,7 +8,6 @@ shuffled over the whole set and a run resumes at any batch, which a stream read 
 import glob
 import hashlib
 import io
-import os
 import re
 import tarfile
 from itertools import product
@@ -20,6 +19,7 @@ import torch
 from PIL import Image
 
 from tiltlens.errors import UserError
+from tiltlens.modules.writing import whole_file
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -38,10 +38,8 @@ class ShardSource:
         cached = cache / f"shards-{self.fingerprint[:24]}.parquet"
         if not cached.is_file():
             table = pa.concat_tables([read_index(k, path) for k, path in enumerate(self.shards)])
-            cache.mkdir(parents=True, exist_ok=True)
-            part = cached.with_suffix(f".{os.getpid()}.part")
-            pq.write_table(table, part)
-            part.replace(cached)
+            with whole_file(cached) as part:
+                pq.write_table(table, part)
         table = pq.read_table(cached)
         if not len(table):
             raise UserError(f"no images in {pattern}: expected members KEY.jpg, KEY.png or KEY.webp")

@@ -6,7 +6,6 @@ folder of the user's, other runs take them from there.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tiltlens.guidance.learned import Lesson
+from tiltlens.modules.writing import whole_file
 from tiltlens.run_folder import RunFolder
 from tiltlens.sampling.pilot import UnitPilot
 from tiltlens.units import Unit
@@ -57,10 +57,8 @@ class PilotStore:
         return [found[u.slug] for u in units] if all(u.slug in found for u in units) else None
 
     def save_natural(self, units: list[Unit], members: list[Tensor]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        fresh = self.path / f"natural.{os.getpid()}.part"
-        save_file({u.slug: m.contiguous() for u, m in zip(units, members)}, fresh)
-        fresh.replace(self.path / "natural.safetensors")
+        with whole_file(self.path / "natural.safetensors") as part:
+            save_file({u.slug: m.contiguous() for u, m in zip(units, members)}, part)
 
     def _file(self, unit: Unit) -> Path:
         return self.path / f"{unit.slug}.safetensors"
@@ -111,12 +109,9 @@ class RecordStore:
     def save(self, record: dict[str, Tensor] | None) -> None:
         if record is None:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        names = repr([record[k].tolist() for k in ("unit", "strength", "seed")])
-        file = self.path / f"{hashlib.sha256(names.encode()).hexdigest()[:24]}.safetensors"
-        fresh = file.with_suffix(f".{os.getpid()}.part")
-        save_file(record, fresh)
-        fresh.replace(file)
+        names = repr([record[k].tolist() for k in ("unit", "strength", "seed") if k in record])
+        with whole_file(self.path / f"{hashlib.sha256(names.encode()).hexdigest()[:24]}.safetensors") as part:
+            save_file(record, part)
 
     def load(self) -> list[dict[str, Tensor]]:
         lost = "the sampler's diagnostics leave its batch out"
@@ -139,8 +134,6 @@ def _whole(load: Callable[[Path], Any], file: Path, remedy: str) -> Any:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Under another name first: another run may do the same."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_suffix(f".{os.getpid()}.part")
-    shutil.copyfile(source, fresh)
-    fresh.replace(target)
+    """Another run may do the same."""
+    with whole_file(target) as part:
+        shutil.copyfile(source, part)

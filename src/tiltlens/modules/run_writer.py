@@ -157,12 +157,10 @@ class RunFolderWriter(Callback):
         self._batch_began = time.time()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._claimed and isinstance(
-            exception, ValueError | OSError
-        ):  # the user's to put right: with other settings, perhaps
-            with suppress(
-                OSError, UserError
-            ):  # of a folder that takes no files: the error that is told is the first
+        # the user's to put right: with other settings, perhaps
+        if self._claimed and isinstance(exception, ValueError | OSError):
+            # of a folder that takes no files: the error that is told is the first
+            with suppress(OSError, UserError):
                 self.folder.release()
         self._unlock()
 

@@ -143,9 +143,8 @@ class SparseAutoencoderModule(LightningModule):
             with torch.no_grad():
                 n = min(pre.shape[0] * sae.k, pre.numel())
                 lowest = pre.flatten().topk(n).values[-1].clamp(min=1e-6)
-                mean = self._over_ranks(
-                    lowest
-                )  # the threshold at use is one, though each rank has a batch of its own
+                # the threshold at use is one, though each rank has a batch of its own
+                mean = self._over_ranks(lowest)
                 if sae.kind == "jumprelu":
                     sae.log_threshold.fill_(mean.log())
                 else:

@@ -118,9 +118,8 @@ class SamplingModule(LightningModule):
         self.pilot_store: Any = None  # where a pilot is kept; given by the run-folder writer
         self.progress: Callable[[str, int, int], None] | None = None
         self.pilot_seconds = 0.0
-        self.notes: list[
-            str
-        ] = []  # what a reader of the results should know of how it was read: of summary.json
+        # what a reader of the results should know of how it was read: of summary.json
+        self.notes: list[str] = []
 
     def load(self) -> None:
         """Load prior and encoders and check that they fit; idempotent. All errors of the user's come from here."""

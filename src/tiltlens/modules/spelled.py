@@ -16,7 +16,19 @@ from tiltlens.units.grammar import number
 from tiltlens.units.sources import is_registered
 
 HEAD = "# Written by tiltlens.tilt: sample.py --config with this file repeats the run.\n"
-PLAIN = ("steps", "eta", "spacing", "clip", "pilot", "natural", "precision", "prompt", "noise_aware", "cache")
+PLAIN = (
+    "steps",
+    "eta",
+    "spacing",
+    "clip",
+    "pilot",
+    "natural",
+    "precision",
+    "prompt",
+    "noise_aware",
+    "cache",
+    "rows",
+)
 
 
 class UnspeakableError(ValueError):

@@ -106,9 +106,8 @@ def bind_direction(value: Value, encoder: "Encoder") -> Pick:
     def pick(h: Tensor) -> Tensor:
         if h.shape[-1] != vector.numel():
             raise ValueError(f"the direction has {vector.numel()} entries, the layer {h.shape[-1]} channels")
-        return (h * vector.to(h)).sum(
-            -1
-        )  # not as a product of matrices: that rounds by the size of the batch
+        # not as a product of matrices: that rounds by the size of the batch
+        return (h * vector.to(h)).sum(-1)
 
     return pick
 
