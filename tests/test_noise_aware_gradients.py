@@ -8,7 +8,7 @@ from torch import nn
 
 from tiltlens.errors import UserError
 from tiltlens.modules.image_data import ImageFolderData
-from tiltlens.modules.noise_aware_gradients import gradient_error
+from tiltlens.modules.noise_aware_gradients import Spectrum, gradient_error
 from tiltlens.modules.noise_aware_module import NoiseAwareModule
 from tiltlens.modules.training_cli import TrainingCLI
 from tiltlens.priors import load_prior
@@ -29,26 +29,42 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_the_surrogate_has_the_errors_derivative():
-    """Under a symmetric J: d/dw |J (grad r - g)|^2, by autograd through the whole of it."""
-    torch.manual_seed(0)
-    half = torch.randn(5, 5, dtype=torch.float64)
-    j = half @ half.T
-    reader, encoder = (nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).double() for _ in range(2))
-    x_t, x_0 = torch.randn(2, 3, 5, dtype=torch.float64)
-    surrogate, error, size = gradient_error(
-        lambda x, t: x @ j, 0, x_t, x_0, lambda x: encoder(x)[:, 0], lambda x: reader(x)[:, 0]
+def test_the_spectrums_jacobian_is_that_of_stationary_gaussian_images():
+    """Against dense matrices: x_0 of a circulant covariance over space, and any over channels."""
+    generator = torch.Generator().manual_seed(0)
+    c, side, n = 2, 4, 400
+    mixed = torch.nn.functional.avg_pool2d(torch.randn(n, c, 3 * side, 3 * side, generator=generator), 3) * 2
+    x_0 = mixed + 0.7 * mixed.flip(1).roll(1, 3)
+    shifts = torch.stack([x_0.roll((i, j), (2, 3)) for i in range(side) for j in range(side)], 1).flatten(
+        0, 1
     )
-    clean, sample = (x_t @ j).requires_grad_(), x_0.clone().requires_grad_()
-    (r,) = torch.autograd.grad(reader(clean).sum(), clean, create_graph=True)
-    (g,) = torch.autograd.grad(encoder(sample).sum(), sample)
-    expected = ((r - g) @ j).square().sum(1)
-    torch.testing.assert_close(error, expected.detach())
-    torch.testing.assert_close(size, (g @ j).square().sum(1))
-    weights = list(reader.parameters())[:-1]  # a gradient knows nothing of the last bias
-    found, true = (torch.autograd.grad(x.sum(), weights) for x in (surrogate, expected))
-    torch.testing.assert_close(found, true)
-    assert not error.requires_grad
+    flat = (shifts - shifts.mean(0)).double().flatten(1)
+    s = flat.T @ flat / len(flat)  # a circulant one, to rounding
+    h, spectrum = torch.randn(3, c, side, side, generator=generator), Spectrum(shifts)
+    alpha, sigma = torch.tensor([0.9, 0.3, 0.0]), torch.tensor([0.4, 0.95, 1.0])
+    found = spectrum.jacobian(h, alpha, sigma)
+    for row, (a, b) in enumerate(zip(alpha.double(), sigma.double())):
+        j = a * torch.linalg.solve(a**2 * s + b**2 * torch.eye(len(s)), s)
+        torch.testing.assert_close(
+            found[row].flatten().double(), j @ h[row].flatten().double(), atol=1e-5, rtol=1e-4
+        )
+
+
+def test_the_error_of_a_gradient_and_its_size():
+    """|J (grad r - g)|^2 with the reader's gradient in closed form, differentiable in its weights."""
+    generator = torch.Generator().manual_seed(0)
+    j, a, b = torch.randn(3, 5, 5, dtype=torch.float64, generator=generator)
+    x0_hat, x_0 = torch.randn(2, 3, 5, dtype=torch.float64, generator=generator)
+    w = b.clone().requires_grad_()
+    error, size = gradient_error(
+        x0_hat, x_0, lambda x: ((x @ a) * x).sum(1), lambda x: ((x @ w) * x).sum(1), lambda h: h @ j.T
+    )
+    g = x_0 @ (a + a.T)
+    expected = ((x0_hat @ (w + w.T) - g) @ j.T).square().sum(1)
+    torch.testing.assert_close(error, expected)
+    torch.testing.assert_close(size, (g @ j.T).square().sum(1))
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), w)[0] for x in (error, expected)))
+    assert not size.requires_grad
 
 
 def test_steins_lemma_makes_the_mean_of_the_targets_the_gradient_that_guidance_wants():
@@ -68,12 +84,12 @@ def test_steins_lemma_makes_the_mean_of_the_targets_the_gradient_that_guidance_w
     assert bool(((targets.mean(0) - wanted[0]).abs() < 4 * targets.std(0) / n**0.5).all())
     # So the conditional mean, whose gradient is wanted, has the least error: that of a reader 30 % too steep or too flat is larger
     errors = [
-        gradient_error(lambda x, t: x @ j.T, 0, x_t, x_0, quadratic, lambda x, k=k: k * quadratic(x))[1]
+        gradient_error(x_t @ j.T, x_0, quadratic, lambda x, k=k: k * quadratic(x), lambda h: h @ j)[0]
         for k in (0.7, 1.0, 1.3)
     ]
     for other in (errors[0], errors[2]):
         apart = other - errors[1]
-        assert float(apart.mean()) > 4 * float(apart.std()) / n**0.5
+        assert float(apart.detach().mean()) > 4 * float(apart.detach().std()) / n**0.5
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -155,6 +171,10 @@ def test_what_cannot_be_is_refused(folder, tmp_path):
     for wrong, why in (
         ({"gradients": 1.0}, "of readers of single units; expected model.units"),
         ({"units": UNITS, "gradients": -1.0}, "expected a weight of at least 0"),
+        (
+            {"units": UNITS, "gradients": 1.0, "gradients_from": 6.0},
+            r"gradients_from = 6.0: expected a level below 6",
+        ),
         (
             {"units": UNITS, "init_from": str(tmp_path)},
             r"model.init_from.*expected a folder with config.json",

@@ -5,68 +5,74 @@ By Stein's lemma, for x_0 | x_t about N(x0_hat, C), J = dx0_hat/dx_t = (alpha_t 
     grad_{x_t} E[a(x_0) | x_t] = J^T E[grad a(x_0) | x_t]
 
 so that the reader r is to have the gradient g = grad a(x_0) at x0_hat on average, as far as J lets it through. The error of a sample is
-|J^T (grad r(x0_hat) - g)|^2, most of it the spread of g around its mean, which no reader can know. (Sobolev training: Czarnecki et al., 2017.)
-A denoiser's J is a covariance, and symmetric: J is taken for J^T where the error is differentiated.
+|J (grad r(x0_hat) - g)|^2, most of it the spread of g around its mean, which no reader can know. (Sobolev training: Czarnecki et al., 2017.)
+The mean of g is the best reader under any J; this one only weighs errors about as guidance pays for them, and is that of stationary
+images of the same spectrum (Wiener's filter), so that a step costs no derivative of the denoiser.
+
+Below some log-SNR a scene is still open, x_0 | x_t has several modes, and what its samples' gradients tell is how each is varied and not which it
+will be: there values alone teach.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tiltlens.denoiser import Denoiser
-from tiltlens.modules.noise_aware_task import UnitTask
-from tiltlens.priors.prior import Prior
+from tiltlens.modules.noise_aware_task import Decode, UnitTask
 
 Read = Callable[[Tensor], Tensor]
 
 
-def gradient_error(
-    denoiser: Denoiser, t: int, x_t: Tensor, x_0: Tensor, encoder: Read, reader: Read
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one noise level: a surrogate (B,) whose derivative in the reader's weights is the error's; the error, and |J^T g|^2,
-    both without a graph.
+class Spectrum:
+    """Covariance of states (N, C, H, W), of all channels with each other, frequency by frequency."""
 
-    encoder, reader: states (B, *shape) -> one number (B,) a row, differentiable; the reader twice.
+    def __init__(self, x_0: Tensor):
+        f = torch.fft.rfft2((x_0 - x_0.mean(0)).double(), norm="ortho")
+        covariance = torch.einsum("nchw,ndhw->hwcd", f, f.conj()) / len(f)
+        values, vectors = torch.linalg.eigh(covariance)
+        self.values, self.vectors = values.clamp_min(0).float(), vectors.to(torch.complex64)
+
+    def jacobian(self, h: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """J h (B, C, H, W), J = alpha C / (alpha^2 C + sigma^2), alpha and sigma (B,); differentiable in h."""
+        vectors, values = self.vectors.to(h.device), self.values.to(h.device).permute(2, 0, 1)
+        alpha, sigma = (v.to(h)[:, None, None, None] for v in (alpha, sigma))
+        f = torch.einsum("hwdc,bdhw->bchw", vectors.conj(), torch.fft.rfft2(h, norm="ortho"))
+        f = torch.einsum("hwcd,bdhw->bchw", vectors, f * (alpha * values / (alpha**2 * values + sigma**2)))
+        return torch.fft.irfft2(f, s=h.shape[-2:], norm="ortho")
+
+
+def gradient_error(
+    x0_hat: Tensor, x_0: Tensor, encoder: Read, reader: Read, jacobian: Read
+) -> tuple[Tensor, Tensor]:
+    """|J (grad r(x0_hat) - g)|^2 (B,), differentiable in the reader's weights, and |J g|^2 (B,), without a graph.
+
+    encoder, reader: states (B, *shape) -> one number (B,) a row, differentiable; the reader twice. jacobian: h -> J h.
     """
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-        leaf, sample = x_t.detach().requires_grad_(), x_0.detach().requires_grad_()
+        clean, sample = x0_hat.detach().requires_grad_(), x_0.detach().requires_grad_()
         (g,) = torch.autograd.grad(encoder(sample).sum(), sample)
-        x0_hat = denoiser(leaf, t)
-        clean = x0_hat.detach().to(x_t).requires_grad_()
         (r,) = torch.autograd.grad(reader(clean).sum(), clean, create_graph=True)
-
-        def pull(v: Tensor) -> Tensor:
-            return torch.autograd.grad(x0_hat, leaf, v.to(x0_hat.dtype), retain_graph=True)[0]
-
-        off = pull((r - g).detach())
-        surrogate = (2 * r * pull(off)).flatten(1).sum(1)
-        return surrogate, off.square().flatten(1).sum(1), pull(g).square().flatten(1).sum(1)
+        error, size = jacobian(r - g), jacobian(g)
+        return error.square().flatten(1).sum(1), size.square().flatten(1).sum(1).detach()
 
 
 def reader_errors(
-    prior: Prior, task: UnitTask, x_0: Tensor, levels: Sequence[tuple[int, float]], generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`gradient_error` of a reader, of one of its units a row, drawn at random; and log-SNR (B,). levels: steps of the table and
-    their log-SNR, each for an equal part of the rows.
+    task: UnitTask, decode: Decode, x0_hat: Tensor, x_0: Tensor, log_snr: Tensor, jacobian: Read,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`gradient_error` of a reader, of one of its units a row, drawn at random. x0_hat, x_0 (B, *shape), log_snr (B,).
 
     In single precision whatever the training's, and outside of validation's inference mode: both networks are differentiated.
     """
-    schedule, units, found = prior.denoiser.schedule, len(task.members), []
-    for (t, log_snr), part in zip(levels, x_0.tensor_split(len(levels))):
-        noise = torch.randn(part.shape, generator=generator).to(part)
-        x_t = float(schedule.alpha[t]) * part + float(schedule.sigma[t]) * noise
-        unit = torch.randint(units, (len(part), 1), generator=generator).to(part.device)
-        level = torch.full((len(part),), log_snr, device=part.device)
-        with torch.inference_mode(False), torch.autocast(part.device.type, enabled=False):
-            x_t, part, unit, level = (x.clone() for x in (x_t, part, unit, level))
+    unit = torch.randint(len(task.members), (len(x_0), 1), generator=generator).to(x_0.device)
+    with torch.inference_mode(False), torch.autocast(x_0.device.type, enabled=False):
+        x0_hat, x_0, unit, log_snr = (x.clone() for x in (x0_hat, x_0, unit, log_snr))
 
-            def encoder(x: Tensor, unit: Tensor = unit) -> Tensor:
-                return task.plainly(prior.decode(x)).gather(1, unit)[:, 0]
+        def encoder(x: Tensor) -> Tensor:
+            return task.plainly(decode(x)).gather(1, unit)[:, 0]
 
-            def reader(x: Tensor, unit: Tensor = unit, level: Tensor = level) -> Tensor:
-                return task.reader(prior.decode(x), level).gather(1, unit)[:, 0]
+        def reader(x: Tensor) -> Tensor:
+            return task.reader(decode(x), log_snr).gather(1, unit)[:, 0]
 
-            found.append((*gradient_error(prior.denoiser, t, x_t, part, encoder, reader), level))
-    return tuple(torch.cat(x) for x in zip(*found))
+        return gradient_error(x0_hat, x_0, encoder, reader, jacobian)

@@ -19,7 +19,7 @@ from torch import Tensor
 from tiltlens.errors import UserError
 from tiltlens.modules.image_data import Batch, BatchStream
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
-from tiltlens.modules.noise_aware_gradients import reader_errors
+from tiltlens.modules.noise_aware_gradients import Spectrum, reader_errors
 from tiltlens.modules.noise_aware_start import begin_with
 from tiltlens.modules.noise_aware_task import LayerTask, UnitTask
 from tiltlens.modules.own_samples import own_samples
@@ -66,6 +66,7 @@ class NoiseAwareModule(LightningModule):
         own_share: float = 0.5,
         steps: int = 40,
         gradients: float = 0.0,
+        gradients_from: float = -2.0,
         init_from: str | None = None,
         learning_rate: float = 5e-4,
         weight_decay: float = 0.05,
@@ -105,7 +106,11 @@ class NoiseAwareModule(LightningModule):
             for layer in self.layers:  # before the prior is loaded
                 source.require_layer(layer)
             self.twin = twin_of(source)
-        self.gradients, self.before = gradients, {}
+        if gradients and not gradients_from < log_snr[1]:
+            raise UserError(
+                f"model.gradients_from = {gradients_from}: expected a level below {log_snr[1]}, the highest of model.log_snr"
+            )
+        self.gradients, self.gradients_from, self.before = gradients, gradients_from, {}
         self.units, self.network = list(self.twin.members) if units else [], network
         self.trained = self.twin.trained() if units else list(self.twin.parameters())
         for weight in self.trained:
@@ -135,6 +140,7 @@ class NoiseAwareModule(LightningModule):
         if gradients:
             self.register_buffer("gradient_errors", torch.ones(BINS))
         self.own_states: Tensor | None = None
+        self.spectrum: Spectrum | None = None
         self._prepared = False
 
     def setup(self, stage: str) -> None:
@@ -196,64 +202,71 @@ class NoiseAwareModule(LightningModule):
 
     @torch.no_grad()
     def estimates(self, x_0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """x0_hat (B, *shape) of noised x_0, and log-SNR (B,): LEVELS levels, stratified over the range."""
+        """x0_hat (B, *shape) of noised x_0, and the steps of the table (B,): LEVELS levels, stratified over the range of log-SNR."""
         denoiser = self._parts[1].denoiser
         schedule = denoiser.schedule
-        out, levels = [], []
+        out, steps = [], []
         for k, part in enumerate(x_0.tensor_split(LEVELS)):
-            t, level = self._level(k, generator)
+            u = (k + float(torch.rand(1, generator=generator))) / LEVELS
+            t = int((schedule.log_snr - (self.low + u * (self.high - self.low))).abs().argmin())
             eps = torch.randn(part.shape, generator=generator).to(part)
             out.append(denoiser(float(schedule.alpha[t]) * part + float(schedule.sigma[t]) * eps, t))
-            levels.append(torch.full((len(part),), level))
-        return torch.cat(out), torch.cat(levels)
-
-    def _level(self, stratum: int, generator: torch.Generator) -> tuple[int, float]:
-        """A step of the table in one of LEVELS strata of log-SNR, and its log-SNR."""
-        log_snr = self._parts[1].denoiser.schedule.log_snr
-        u = (stratum + float(torch.rand(1, generator=generator))) / LEVELS
-        t = int((log_snr - (self.low + u * (self.high - self.low))).abs().argmin())
-        return t, float(log_snr[t])
+            steps.append(torch.full((len(part),), t))
+        return torch.cat(out), torch.cat(steps)
 
     def errors_of(
         self, images: Tensor, generator: torch.Generator, held_out: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Squared errors (B, columns) in units of the encoder's variance, and log-SNR (B,)."""
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Squared errors (B, columns) in units of the encoder's variance, log-SNR (B,), and what they are of: x0_hat, x_0
+        (B, *shape) and steps of the table (B,)."""
         x_0, own, mirrored = self.states(images, generator, held_out)
-        x0_hat, log_snr = self.estimates(x_0, generator)
-        log_snr = log_snr.to(images.device)
-        return self.task.errors(x0_hat, log_snr, self.task.targets(x_0, own, mirrored)), log_snr
+        x0_hat, t = self.estimates(x_0, generator)
+        log_snr = self._parts[1].denoiser.schedule.log_snr[t].to(images)
+        errors = self.task.errors(x0_hat, log_snr, self.task.targets(x_0, own, mirrored))
+        return errors, log_snr, (x0_hat, x_0, t)
 
-    def gradient_errors_of(self, x_0: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """`reader_errors` of the first half of these, and log-SNR (B,)."""
-        levels = [self._level(k, generator) for k in range(LEVELS)]
-        return reader_errors(self._parts[1], self.task, x_0[: -(-len(x_0) // 2)], levels, generator)
+    def gradient_errors_of(
+        self, log_snr: Tensor, seen: tuple[Tensor, Tensor, Tensor], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`reader_errors` (R,) twice, of the rows above `gradients_from` alone, and their log-SNR (R,). seen: as of `errors_of`."""
+        prior, told = self._parts[1], log_snr > self.gradients_from
+        if not told.any():
+            return log_snr.new_zeros(0), log_snr.new_zeros(0), log_snr[told]
+        x0_hat, x_0, t = (x[told.to(x.device)] for x in seen)
+        alpha, sigma = prior.denoiser.schedule.alpha[t], prior.denoiser.schedule.sigma[t]
+        jacobian = lambda h: self.spectrum.jacobian(h, alpha, sigma)  # noqa: E731
+        found = reader_errors(self.task, prior.decode, x0_hat, x_0, log_snr[told], jacobian, generator)
+        return *found, log_snr[told]
 
     @torch.no_grad()
     def _measure(self) -> None:
-        """The task's moments, over the first MOMENTS of what is trained on."""
-        data, seen, count = self.trainer.datamodule, [], 0
+        """The task's moments, and the states' spectrum, over the first MOMENTS of what is trained on."""
+        data, seen, states, count = self.trainer.datamodule, [], [], 0
         for batch in BatchStream(*data.train_set, data.batch_size, data.seed, shuffle=True):
             generator = torch.Generator().manual_seed(batch["seed"])
-            seen.append(self.task.targets(*self.states(batch["image"].to(self.device), generator)))
+            drawn = self.states(batch["image"].to(self.device), generator)
+            seen.append(self.task.targets(*drawn))
+            states.append(drawn[0])
             count += len(batch["image"])
             if count >= MOMENTS:
                 break
         self.task.measure(seen)
+        self.spectrum = Spectrum(torch.cat(states)) if self.gradients else None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(batch["seed"])
-        errors, log_snr = self.errors_of(batch["image"], generator)
+        errors, log_snr, seen = self.errors_of(batch["image"], generator)
         bins = self._bins(log_snr)
         self._follow(self.errors, errors, bins)
         loss = ((errors / self.errors[bins]) @ self.task.weights.to(errors)).mean()
         self.log("train_loss", (self.errors.log() @ self.task.weights.to(errors)).mean(), prog_bar=True)
         self.log("train_error", errors[:, self.task.told].mean(), batch_size=len(errors))
         if self.gradients:
-            x_0 = self.states(batch["image"], generator)[0]
-            surrogate, error, _, log_snr = self.gradient_errors_of(x_0, generator)
-            bins = self._bins(log_snr)
-            self._follow(self.gradient_errors, error, bins)
-            loss = loss + self.gradients * (surrogate / self.gradient_errors[bins]).mean()
+            error, _, told = self.gradient_errors_of(log_snr, seen, generator)  # it may be that none is told
+            bins = self._bins(told)
+            self._follow(self.gradient_errors, error.detach(), bins)
+            # of a whole batch, so that a row weighs the same however many are told
+            loss = loss + self.gradients * (error / self.gradient_errors[bins]).sum() / len(errors)
             self.log("train_error_gradient", self.gradient_errors.log().mean())
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"])
         return loss
@@ -270,15 +283,13 @@ class NoiseAwareModule(LightningModule):
         """val_error: of units or means, in units of the variance, all noise levels alike; val_error_output: of the output;
         val_error_gradient: of the gradient in x_t, in units of its mean square at the samples, the mean over the levels of a batch."""
         generator = torch.Generator().manual_seed(batch["seed"])
-        errors, _ = self.errors_of(batch["image"], generator, held_out=True)
+        errors, log_snr, seen = self.errors_of(batch["image"], generator, held_out=True)
         self.log("val_error", errors[:, self.task.told].mean(), prog_bar=True, batch_size=len(errors))
         if self.gradients:
-            x_0 = self.states(batch["image"], generator, held_out=True)[0]
-            _, error, size, log_snr = self.gradient_errors_of(x_0, generator)
-            shares = torch.stack(
-                [error[log_snr == v].sum() / size[log_snr == v].sum() for v in log_snr.unique()]
-            )
-            self.log("val_error_gradient", shares.mean(), batch_size=len(error))
+            error, size, told = self.gradient_errors_of(log_snr, seen, generator)
+            shares = [float(error[told == v].sum() / size[told == v].sum()) for v in told.unique()]
+            if shares:
+                self.log("val_error_gradient", sum(shares) / len(shares), batch_size=len(error))
         if self.task.output is not None:
             output = errors[:, self.task.output].mean()
             self.log("val_error_output", output, prog_bar=True, batch_size=len(errors))
@@ -296,7 +307,9 @@ class NoiseAwareModule(LightningModule):
             "steps": self.trainer.global_step, "own": self.own, "own_share": self.own_share,
             "processor_seconds": round(time.process_time() - self.began), **found,
         }  # fmt: skip
-        trained |= {"gradients": self.gradients} if self.gradients else {}
+        trained |= (
+            {"gradients": self.gradients, "gradients_from": self.gradients_from} if self.gradients else {}
+        )
         trained |= {"init_from": self.before} if self.before else {}
         if self.network or not self.units:
             trained["layers"] = [x or OUTPUT for x in self.layers]
