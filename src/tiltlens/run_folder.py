@@ -11,7 +11,6 @@ is one part, named by the samples in it: several ranks may write at once, a repe
 part, and a row that is listed has its image. One process consolidates. One run at a time: it holds DIR/.lock.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -31,16 +30,10 @@ from PIL import Image
 
 from tiltlens import run_tables
 from tiltlens.errors import UserError
+from tiltlens.run_lock import LOCK, RunLock, writing
 from tiltlens.run_tables import CURVE, KEY, SAMPLES, STEP_KEY, STEPS, as_json, as_table, merge
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: runs are not kept apart there
-    fcntl = None
-
 STATES = ("running", "complete", "incomplete")
-LOCK = ".lock"
-UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST}
 
 
 def unit_slug(unit: str) -> str:
@@ -74,7 +67,7 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        self._locks, self._descriptor, self._made = 0, None, False
+        self._lock = RunLock(self.path)
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
@@ -86,7 +79,7 @@ class RunFolder:
         """A path to write to, which becomes DIR/name if the block ends well and nothing if it does not."""
         path = self.path / name
         temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        with _writing(self.path):
+        with writing(self.path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 yield temporary
@@ -121,59 +114,12 @@ class RunFolder:
 
     def lock(self) -> None:
         """Keep every other run out until `unlock`; may be nested. Raises UserError where another run has the folder, or where
-        it cannot be written.
-
-        The lock is the system's, on DIR/.lock: it ends with the process, however that ends. Where a file system has
-        no locks, there is none.
-        """
-        self._locks += 1
-        if self._locks > 1 or fcntl is None:
-            return
-        try:
-            self._descriptor = self._locked()
-        except BaseException:
-            self.unlock()
-            raise
-
-    def _locked(self) -> int:
-        """The descriptor of DIR/.lock."""
-        name = self.path / LOCK
-        while True:
-            with _writing(self.path):
-                self._made = self._made or not self.path.exists()
-                self.path.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                self._made = False
-                raise UserError(
-                    f"another run is writing {self.path}: expected a folder that no run is writing. Wait until it ends, or "
-                    "choose another --out"
-                ) from None
-            except OSError:  # a file system without locks
-                return descriptor
-            try:
-                if os.path.samestat(os.fstat(descriptor), os.stat(name)):
-                    return descriptor
-            except FileNotFoundError:
-                pass
-            os.close(descriptor)  # the run that had it took it away between the two calls above
+        it cannot be written."""
+        self._lock.take()
 
     def unlock(self) -> None:
         """Let other runs in; a folder that was made for the lock alone is taken away."""
-        self._locks = max(self._locks - 1, 0)
-        if self._locks:
-            return
-        if self._descriptor is not None:
-            with suppress(OSError):  # before it is given up: nobody else's is taken away
-                (self.path / LOCK).unlink()
-            os.close(self._descriptor)
-        if self._made:
-            with suppress(OSError):  # it holds something by now
-                self.path.rmdir()
-        self._descriptor, self._made = None, False
+        self._lock.give_up()
 
     def claim(self, identity: dict) -> bool:
         """Take the folder for a run; True if it already holds rows of the same run, to be resumed.
@@ -315,19 +261,6 @@ class RunFolder:
         """summary.json: rows, natural, warnings; each empty if there is none. Raises UserError for a damaged one."""
         told = "it is made from samples.parquet. Remove it and give the run's own command again, which samples nothing twice"
         return _read_json(self.path / "summary.json", told) or {"rows": [], "natural": {}, "warnings": []}
-
-
-@contextmanager
-def _writing(folder: Path):
-    """Raises UserError for a folder that does not take files."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        raise UserError(
-            f"the run folder {folder} cannot be written: {error.strerror} ({error.filename}). Choose another --out"
-        ) from error
 
 
 def _read_json(path: Path, remedy: str) -> dict | None:

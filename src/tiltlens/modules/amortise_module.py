@@ -13,15 +13,12 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from tiltlens.constraint import RowConstraint
@@ -30,23 +27,20 @@ from tiltlens.errors import UserError
 from tiltlens.guidance.amortised import AdapterConfig, energy_of, load_control, save_control
 from tiltlens.guidance.control import Control, new_control
 from tiltlens.guidance.guidance import Guidance
+from tiltlens.modules.amortise_rounds import Rounds, draw_round
 from tiltlens.modules.learning_rate import warm_hold_decay
 from tiltlens.modules.step_monitor import not_finite
-from tiltlens.modules.writing import whole_file, whole_folder
+from tiltlens.modules.writing import whole_folder
 from tiltlens.priors import load_prior
 from tiltlens.priors.prior import Prior
 from tiltlens.sampling.adjoint import (
     Matches,
     controlled_steps,
     drawn_steps,
-    joined,
-    lean_adjoint,
-    matches,
     matching_loss,
     step_energy,
-    walk,
 )
-from tiltlens.sampling.noise import Noise, stream_seed
+from tiltlens.sampling.noise import stream_seed
 from tiltlens.sampling.sampler import Sampler
 from tiltlens.sampling.warm_start import (
     Pool,
@@ -55,8 +49,6 @@ from tiltlens.sampling.warm_start import (
     trusted_weights,
 )
 from tiltlens.units import Unit, UnitBank, build_unit
-
-ROWS = 16  # of a walk, as many as a network is called with
 
 
 class AmortiseModule(LightningModule):
@@ -157,12 +149,7 @@ class AmortiseModule(LightningModule):
         self.factors = torch.nn.ParameterList(control.trained())
         self.sampler: Sampler | None = None
         self.matches: Matches | None = None
-        self.round: int | None = None
-        self.drawn_by: str | None = None  # names what drew the round's paths
-        # [round, what drew its paths] of the last checkpoint, and of the one that this run was resumed from
-        self.stood_in: list | None = None
-        self.resumed_in: list | None = None
-        self.figures: list[dict[str, float]] = []  # a round each, of its paths
+        self.rounds = Rounds()
         self.spent = 0.0  # processor seconds, before a resume
 
     def setup(self, stage: str) -> None:
@@ -253,7 +240,7 @@ class AmortiseModule(LightningModule):
             self.log("matching_loss", loss.detach(), prog_bar=True)
         if not bool(torch.isfinite(loss)):
             # at once: paths of a control that is none would end a round in an error of their own
-            where = "the warm start" if self.round is None else f"round {self.round}"
+            where = "the warm start" if self.rounds.number is None else f"round {self.rounds.number}"
             raise not_finite(
                 self.trainer, "loss", float(loss.detach()), f"batch {batch_idx} of {where} (step {step})"
             )
@@ -275,8 +262,8 @@ class AmortiseModule(LightningModule):
         return score_matching_loss(chain, self.control, x_0, steps, eps, part)
 
     def adjoint_loss(self, number: int, generator: torch.Generator) -> Tensor:
-        if self.round != number:
-            self.matches, self.round = self.begin(number), number
+        if self.rounds.number != number or self.matches is None:
+            self.matches = self.begin(number)
             self.energies = step_energy(self.sampler.chain, self.matches)
         steps = len(self.matches.x_t)
         numbers, weights = list(range(steps)), [1.0] * steps
@@ -286,48 +273,24 @@ class AmortiseModule(LightningModule):
         return matching_loss(self.sampler.chain, self.control, self.matches, paths, numbers, weights)
 
     def begin(self, number: int) -> Matches:
-        """The paths of a round: those in the run's folder where the same control drew them, and those that the checkpoint of a
-        resumed run was trained on; else they are drawn."""
-        rank, ranks = self.global_rank, self.trainer.world_size
-        resumed = self.resumed_in is not None and self.resumed_in[0] == number
-        self.drawn_by = self.resumed_in[1] if resumed else self._drawer(number)
-        file = self._paths(number, self.drawn_by)
-        if file.is_file():
-            with safe_open(file, "pt") as stored:
-                self._tell(json.loads(stored.metadata()["figures"]), number)
-            return Matches(**{k: v.to(self.device) for k, v in load_file(file).items()})
-        if resumed and self.round_steps > 1:
-            rank_zero_warn(f"round {number} of the checkpoint: {file} is not there, its paths are drawn anew")
-        chain, strength = self.sampler.chain, self.strength * min(1.0, (number + 1) / self.ramp)
-        first, parts, seen = (number * ranks + rank) * self.paths, [], []
-        size = (
-            ROWS if self.control.kind == "lora" else self.paths
-        )  # the graphs of a walk of networks fill the memory
-        for at in range(first, first + self.paths, size):
-            seeds = range(at, min(at + size, first + self.paths))
-            noise = Noise(seeds, chain.denoiser.shape, self.device, self.sampler.dtype, domain="amortise")
-            rows = self.rows(len(seeds), self.device, strength)
-            path = walk(chain, self.control, rows, noise, self.until)
-            parts.append(matches(chain, path, lean_adjoint(chain, path, rows), self.until))
-            seen.append(torch.stack([path.objective, path.path_kl, path.energy / strength]))
-        found = joined(parts)
-        objective, path_kl, energy = torch.cat(seen, 1).cpu()
-        figures = {
-            "objective": float(objective.mean()), "objective_se": float(objective.std()) / self.paths**0.5,
-            "path_kl": float(path_kl.mean()), "mean_energy": float(energy.mean()), "strength_of_round": strength,
-        }  # fmt: skip
-        self._tell(figures, number)
+        """The paths of a round: those that `Rounds` has, or new ones."""
+        rank, folder = self.global_rank, Path(self.trainer.default_root_dir)
+        kept = self.round_steps > 1
+        found = self.rounds.begin(number, self._drawer(number), folder, rank, self.device, kept)
+        if found is not None:
+            return found
+        strength = self.strength * min(1.0, (number + 1) / self.ramp)
+        first = (number * self.trainer.world_size + rank) * self.paths
+        found, figures = draw_round(
+            self.sampler.chain, self.control, lambda count: self.rows(count, self.device, strength),
+            range(first, first + self.paths), strength, self.until, self.device, self.sampler.dtype,
+        )  # fmt: skip
+        self.rounds.tell(number, figures)
         self.log_dict(figures, batch_size=self.paths)
-        if self.round_steps > 1:
+        if kept:
             rank_zero_info(f"round {number}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
-            tensors = {f.name: getattr(found, f.name).cpu() for f in fields(Matches)}
-            with whole_file(file) as part:
-                save_file(tensors, part, {"figures": json.dumps(figures)})
+            self.rounds.keep(found, folder, rank)
         return found
-
-    def _tell(self, figures: dict[str, float], number: int) -> None:
-        """What came of a round's paths; rounds after it, of a run that was broken off, are forgotten."""
-        self.figures = [*self.figures[:number], figures]
 
     def _drawer(self, number: int) -> str:
         """Names all that a round's paths depend on, but for its number and the rank: a folder may hold those of other runs."""
@@ -337,26 +300,15 @@ class AmortiseModule(LightningModule):
             digest.update(factor.detach().cpu().contiguous().numpy())
         return digest.hexdigest()[:16]
 
-    def _paths(self, number: int, drawn_by: str) -> Path:
-        name = f"paths-{self.global_rank}-{number}-{drawn_by}.safetensors"
-        return Path(self.trainer.default_root_dir) / name
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Figures and cost so far, and which paths are in use. Those of other rounds are not asked for again, but for the one of
-        the checkpoint that this one replaces: it may not come to be written."""
-        stands_in = None if self.round is None else [self.round, self.drawn_by]
-        seconds = time.process_time() - self.seconds
-        checkpoint["amortise"] = {"figures": self.figures, "seconds": seconds, "stands_in": stands_in}
-        kept = [self._paths(*rounds) for rounds in (self.stood_in, stands_in) if rounds]
-        for file in Path(self.trainer.default_root_dir).glob(f"paths-{self.global_rank}-*.safetensors"):
-            if file not in kept:
-                file.unlink(missing_ok=True)
-        self.stood_in = stands_in
+        """Figures and cost so far, and which paths are in use."""
+        told = self.rounds.state(Path(self.trainer.default_root_dir), self.global_rank)
+        checkpoint["amortise"] = {**told, "seconds": time.process_time() - self.seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         told = checkpoint.get("amortise", {})
-        self.figures, self.spent = list(told.get("figures", [])), float(told.get("seconds", 0.0))
-        self.stood_in = self.resumed_in = told.get("stands_in")
+        self.rounds.load(told)
+        self.spent = float(told.get("seconds", 0.0))
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(
@@ -369,11 +321,11 @@ class AmortiseModule(LightningModule):
         """Writes folder/adapter, for `--model.guidance Amortised --model.guidance.adapter`."""
         trained = {
             "steps": self.global_step, "warm_steps": min(self.warm_steps, self.global_step),
-            "rounds": len(self.figures), "paths": self.paths, "batch_size": self.batch_size, "pool": self.pool_size,
+            "rounds": len(self.rounds.figures), "paths": self.paths, "batch_size": self.batch_size, "pool": self.pool_size,
             "processor_seconds": round(time.process_time() - self.seconds, 1), "natural_energy": self.pool_energy,
         }  # fmt: skip
-        if self.figures:  # of the paths that the last round began with
-            trained |= {f"last_{key}": value for key, value in self.figures[-1].items()}
+        if self.rounds.figures:  # of the paths that the last round began with
+            trained |= {f"last_{key}": value for key, value in self.rounds.figures[-1].items()}
         config = AdapterConfig.of(
             self.control,
             self._parts[0],
