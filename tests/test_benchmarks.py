@@ -17,7 +17,8 @@ NEED_DATA = {
 
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda p: p.stem)
-def test_loads(path):
+def test_loads(path, monkeypatch):
+    monkeypatch.syspath_prepend(path.parent)  # as for a script that is run
     runpy.run_path(str(path), run_name="loaded")
 
 

@@ -70,6 +70,26 @@ def test_encoder(tmp_path, monkeypatch):
     assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
+@pytest.mark.parametrize("name", ["encoder", "sae", "noise-aware-units"])
+def test_a_validation_alone_has_the_figures_that_the_training_ended_with(name, tmp_path, monkeypatch):
+    """`train.py validate --ckpt_path last`: by the average of the weights, where there is one."""
+    more = ("--trainer.logger=false", "--trainer.limit_val_batches=2")
+    expected = train(name, tmp_path, monkeypatch, *more).trainer.callback_metrics
+    command = [
+        "validate",
+        f"--config={CONFIGS / name}-smoke.yaml",
+        f"--out={tmp_path}",
+        "--ckpt_path=last",
+        *SHORT,
+        *more,
+    ]
+    found = TrainingCLI(command).trainer.callback_metrics
+    told = [k for k in found if k.startswith("val_")]
+    assert told
+    for key in told:
+        torch.testing.assert_close(found[key], expected[key], msg=key)
+
+
 @pytest.mark.parametrize("name", ["noise-aware", "noise-aware-units"])
 def test_noise_aware_twin(name, tmp_path, monkeypatch):
     """... and sample.py reads clean estimates with it."""

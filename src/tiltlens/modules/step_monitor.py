@@ -25,10 +25,15 @@ class StepMonitor(Callback):
     With fp16 the scaler skips such gradients: there only the loss counts.
     """
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def __init__(self) -> None:
+        """A validation alone has no training step to watch."""
         self._watched: deque[tuple[str, str, Tensor | None, Tensor]] = deque()
-        self._batch, self._rows, self._done, self._since = "", None, 0, time.perf_counter()
         self._paused: float | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._watched.clear()
+        self._batch, self._rows, self._done, self._since = "", None, 0, time.perf_counter()
+        self._paused = None
         self._told, self._scaled = trainer.global_step, trainer.precision == "16-mixed"
 
     def on_train_batch_start(
