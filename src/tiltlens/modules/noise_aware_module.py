@@ -251,7 +251,9 @@ class NoiseAwareModule(LightningModule):
             if count >= MOMENTS:
                 break
         self.task.measure(seen)
-        self.spectrum = Spectrum(torch.cat(states)) if self.gradients else None
+        if self.gradients:
+            with torch.inference_mode(False):  # it is differentiated through, in a validation alone too
+                self.spectrum = Spectrum(torch.cat(states).clone())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(batch["seed"])
