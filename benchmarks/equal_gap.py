@@ -3,14 +3,16 @@
     python benchmarks/equal_gap.py [--out figures.json] [--units ADDRESS ...] [--noise-aware bundled] [--theirs DPS] [--ours NAME] [--steps 6 10 ...] [--quick]
 
 At one and the same shift of the mean activation (--shift, in prior standard deviations) the gap of a guidance, path KL + s E + log Z at the
-strength s that this shift is the optimum of, is path KL - kl_lower: equal gaps are equal KL efficiencies. Both guidances are
-run at several numbers of steps, each with its strength tuned to the shift on seeds of its own, as guidance.py does it (whose rows these are: p is the
-law of the chain with these steps). The fewest steps at which ours is at least as efficient as theirs, unit mean against
-unit mean, say how many samples a second it makes where theirs makes one; no interpolation, seconds of the same process. Their own
-shorter chains are rows of the table: what they would save by themselves is there to see, and the last column counts it.
+strength s that this shift is the optimum of, is path KL - kl_lower: where the least KL is the same, equal gaps are equal KL
+efficiencies. Both guidances are run at several numbers of steps, each with its strength tuned to the shift on seeds of its own, as guidance.py
+does it, whose rows these are. p is the law of the chain with these steps: chains of different lengths have each their own p, standard deviations
+and least KL, and what is compared is the efficiency. The fastest chain of ours that is at least as efficient as one of theirs, unit mean
+against unit mean, says how many samples a second it makes where theirs makes one; nothing is interpolated. Their own shorter chains are
+rows of the table, and the last column is against each of them; the verdict is against the most efficient.
 
-+- is one standard error over units' bootstraps, seeds and pool; samples of different numbers of steps share their seeds. Every
-row is kept in --out as it ends, and the same call goes on where it was stopped. The table goes to stdout, progress to stderr.
++- is one standard error: bootstrap over seeds and pool, the mean over units; chains of different lengths share their seeds. A kl_lower with ">=" in guidance.py's sense (at the
+edge of what the pool can tell) is marked >=, a shift that misses by more than a quarter *. Every row is kept in --out as it ends, with its seconds, so give it a
+machine that does nothing else; the same call goes on where it was stopped. The table goes to stdout, progress to stderr.
 """
 
 import argparse
@@ -21,13 +23,16 @@ from copy import copy
 from pathlib import Path
 
 import numpy as np
-from guidance import AWARE, GUIDANCES, UNITS, Bench, Figure, pm, settings_of, tell, twin_of
+import torch
+from guidance import AWARE, GUIDANCES, UNITS, Bench, Figure, fingerprints, pm, settings_of, tell, twin_of
 
+from tiltlens.priors import load_prior
 from tiltlens.units import build_unit
 
 THEIRS, OURS, GOAL = "DPS", "Calibrated, memory, natural, finite, noise-aware", 2.0
 STEPS = [6, 8, 10, 12, 16, 24, 40]
-BEGIN = {"DPS": 0.3}  # a strength to begin with, of a shift of one; 1 for what is calibrated
+BEGIN = {"DPS": 0.3}  # a strength to begin the tuning with, for a shift of one; 1 for what is calibrated
+MISSED = 0.25  # of the shift: such a row is marked
 
 Key = tuple[int, str, str]  # steps, guidance, unit
 
@@ -47,8 +52,8 @@ def measure(asked: argparse.Namespace, figures: dict[Key, Figure]) -> None:
                 if (steps, guidance, name) in figures:
                     continue
                 what = f"{steps} steps, {name}, {guidance}"
-                points = [(math.log(BEGIN.get(guidance, 1.0) * asked.shift), math.log(asked.shift))]
-                strength = bench.tune(sampler, unit, asked.shift, points, what)
+                begin = BEGIN.get(guidance, 1.0) * asked.shift
+                strength = bench.tune(sampler, unit, asked.shift, [], what, begin)
                 f = figures[steps, guidance, name] = bench.row(sampler, unit, guidance, strength, asked.shift)
                 keep(asked, figures)
                 tell(
@@ -65,7 +70,7 @@ def whole(figures: dict[Key, Figure], steps: int, guidance: str, names: list[str
 
 def fastest(found: dict[int, tuple[tuple, float]], level: float) -> tuple[int, float] | None:
     """Of the numbers of steps that are as efficient as this the one of least seconds; None where none is."""
-    enough = [(seconds, steps) for steps, (e, seconds) in found.items() if e[0] >= level]
+    enough = [(seconds, steps) for steps, (e, seconds) in found.items() if e[0] >= level]  # a NaN never is
     return (min(enough)[1], min(enough)[0]) if enough else None
 
 
@@ -80,14 +85,18 @@ def show(asked: argparse.Namespace, figures: dict[Key, Figure]) -> bool:
     for g in asked.guidance:
         for n in asked.steps:
             rows = [figures[n, g, u] for u in names]
-            cells = " | ".join(pm(r.efficiency) for r in rows)
+            cells = " | ".join((">= " if r.edge else "") + pm(r.efficiency) for r in rows)
             e, seconds = found[g][n]
             ours = fastest(found[asked.ours], e[0]) if g == asked.theirs else None
             said = "" if g == asked.ours else f"{ours[0]}, {seconds / ours[1]:.1f}" if ours else "none"
-            shifts = ", ".join(f"{r.shift[0]:.2f}" for r in rows)
+            missed = [abs(r.shift[0] - asked.shift) > MISSED * asked.shift for r in rows]
+            shifts = ", ".join(f"{r.shift[0]:.2f}{'*' * m}" for r, m in zip(rows, missed))
             print(f"| {g} | {n} | {cells} | {pm(e)} | {shifts} | {seconds:.2f} | {said} |")
     theirs = found[asked.theirs]
-    best = max(e[0] for e, _ in theirs.values())
+    best = max((e[0] for e, _ in theirs.values() if e[0] == e[0]), default=None)
+    if best is None:
+        print(f"\nFAIL: {asked.theirs} has no efficiency at any of these numbers of steps.")
+        return False
     steps, seconds = fastest(theirs, best)
     ours = fastest(found[asked.ours], best)
     if ours is None:
@@ -135,6 +144,9 @@ def arguments() -> argparse.Namespace:
         parser.error("expected 8 <= --pilot <= --pool")
     if not 0 < asked.shift < math.inf:
         parser.error(f"expected a --shift above 0, found {asked.shift}")
+    longest = len(load_prior(asked.prior).denoiser.schedule)
+    if not all(2 <= n <= longest for n in asked.steps):
+        parser.error(f"expected --steps of 2 to {longest}, found {asked.steps}")
     if asked.theirs == asked.ours:
         parser.error("expected two different guidances")
     asked.guidance = [asked.theirs, asked.ours]
@@ -148,6 +160,8 @@ def settings(asked: argparse.Namespace) -> dict:
         **{k: v for k, v in settings_of(asked).items() if k not in free},
         "shift": asked.shift,
         "twin": twin_of(asked),
+        "batch_size": asked.batch_size,  # of seconds
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -158,6 +172,9 @@ def kept(asked: argparse.Namespace) -> dict[Key, Figure]:
     body = json.loads(asked.out.read_text())
     if body["settings"] != settings(asked):
         raise SystemExit(f"{asked.out} holds figures of other settings: give another --out")
+    for name, sha256 in fingerprints(asked).items():
+        if body["unit_sha256"].get(name, sha256) != sha256:
+            raise SystemExit(f"{asked.out} holds figures of {name} with other weights: give another --out")
     return {tuple(r["key"]): Figure.of(r["row"]) for r in body["kept"]}
 
 
@@ -166,8 +183,10 @@ def keep(asked: argparse.Namespace, figures: dict[Key, Figure]) -> None:
         return
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"key": list(k), "row": f.whole()} for k, f in figures.items()]
+    before = json.loads(asked.out.read_text())["unit_sha256"] if asked.out.exists() else {}
+    body = {"settings": settings(asked), "unit_sha256": before | fingerprints(asked), "kept": rows}
     fresh = asked.out.with_name(f"{asked.out.name}.part")
-    fresh.write_text(json.dumps({"settings": settings(asked), "kept": rows}) + "\n")
+    fresh.write_text(json.dumps(body) + "\n")
     fresh.replace(asked.out)
 
 

@@ -189,7 +189,11 @@ class Bench:
         if not guidance.learns:
             sampler.calibrate(self.slopes[twin], self.members)
             return sampler
-        key = twin, guidance.symmetric  # the law of a(x_0) is nothing that lessons depend on
+        told = guidance.describe()
+        key = (
+            twin,
+            str({k: v for k, v in told.items() if k != "law"}),
+        )  # of a(x_0), which no lesson depends on
         start, known = time.perf_counter(), self.lessons.get(key)
         said = "" if known else f"{len(self.names)} units learned"
         sampler.calibrate(self.pilots[twin], self.members, known, lambda k, n: tell(f"learning {k}/{n}"))
@@ -220,8 +224,11 @@ class Bench:
             self.free[unit, first] = self.run(sampler, unit, 0.0, first, n, what)
         return self.free[unit, first]
 
-    def tune(self, sampler: Sampler, unit: int, target: float, points: list, what: str) -> float:
-        """The strength of a shift near target. points: (log s, log shift) so far, and those that are found now.
+    def tune(
+        self, sampler: Sampler, unit: int, target: float, points: list, what: str, begin: float = 1.0
+    ) -> float:
+        """The strength of a shift near target. points: (log s, log shift) so far, and those that are found now; begin: the
+        strength to begin with where there are none.
 
         Regula falsi on log shift against log strength. A run is compared with its unguided twins, seed by seed: the
         scene, most of the noise, cancels.
@@ -229,7 +236,7 @@ class Bench:
         n = self.asked.tuning
         twins = self.twins(sampler, unit, TUNING, n)["z"]
         for attempt in range(TRIES):
-            log_s = guess(points, target)
+            log_s = guess(points, target) if points else float(np.log(begin))
             run = self.run(sampler, unit, float(np.exp(log_s)), TUNING, n, f"{what}, tuning {attempt + 1}")
             found = float((run["z"] - twins)[run["finite"]].mean()) if run["finite"].any() else np.nan
             tell(f"{what}: strength {np.exp(log_s):.3g} shifts by {found:.2f}", end="\n")

@@ -137,8 +137,8 @@ class Bench:
         taken = f"taken: {learned.kind}; kappa {kappa}"
         found = [
             (told(one, *plain), 4.0, ""),
-            (told(slope, *plain), 1 + 3 * guided, ""),
-            (told(slope, *columns[own]), 1 + 3 * guided, ""),
+            (told(slope, *plain), 1 + (3 + self.aside) * guided, ""),
+            (told(slope, *columns[own]), 1 + (3 + self.aside) * guided, ""),
             (told(slope, *columns[0]), 1 + 3 * guided + redraw, f"{k} redraws"),
             (multipliers, 1 + 3 * guided + redraw, taken),
             (learned.found.get("head", multipliers), 1 + 2 * guided + late + redraw, f"head at {int(headed.sum())} steps"),

@@ -40,7 +40,10 @@ def test_the_spectrums_jacobian_is_that_of_stationary_gaussian_images():
     )
     flat = (shifts - shifts.mean(0)).double().flatten(1)
     s = flat.T @ flat / len(flat)  # a circulant one, to rounding
-    h, spectrum = torch.randn(3, c, side, side, generator=generator), Spectrum(shifts)
+    h, spectrum = (
+        torch.randn(3, c, side, side, generator=generator),
+        Spectrum().add(shifts[:3000]).add(shifts[3000:]),
+    )
     alpha, sigma = torch.tensor([0.9, 0.3, 0.0]), torch.tensor([0.4, 0.95, 1.0])
     found = spectrum.jacobian(h, alpha, sigma)
     for row, (a, b) in enumerate(zip(alpha.double(), sigma.double())):
@@ -48,6 +51,11 @@ def test_the_spectrums_jacobian_is_that_of_stationary_gaussian_images():
         torch.testing.assert_close(
             found[row].flatten().double(), j @ h[row].flatten().double(), atol=1e-5, rtol=1e-4
         )
+    # of any images, sides of any length: symmetric, as a covariance is
+    spectrum = Spectrum().add(torch.randn(40, 3, 7, 5, generator=generator))
+    h, k = torch.randn(2, 2, 3, 7, 5, generator=generator)
+    one, two = (spectrum.jacobian(v, alpha[:2], sigma[:2]) for v in (h, k))
+    torch.testing.assert_close((one * k).sum((1, 2, 3)), (two * h).sum((1, 2, 3)), atol=1e-5, rtol=1e-4)
 
 
 def test_the_error_of_a_gradient_and_its_size():
@@ -128,6 +136,32 @@ def test_training_brings_a_readers_gradient_nearer(folder, tmp_path):
     twin = load_twin(module.export(tmp_path / "out"), [encoder], prior.fingerprint)
     assert twin.config.trained["gradients"] == 1.0
     assert twin.config.trained["init_from"]["gradients"] == 1.0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_gradients_are_taught_above_a_level_alone(folder):
+    """Rows below it add nothing, nor does a batch without others; and what a row counts for is not the others' affair."""
+    module = NoiseAwareModule(
+        "slope-net", units=UNITS, prior=str(folder), own=0, own_share=0, gradients=1.0, gradients_from=1.0
+    )
+    draw = torch.Generator().manual_seed(0)
+    x_0, x0_hat = torch.rand(2, 6, 3, 8, 8, generator=draw) * 2 - 1
+    module.spectrum = Spectrum().add(x_0)
+    t = torch.tensor([18, 14, 10, 6, 3, 0])
+    log_snr = module._parts[1].denoiser.schedule.log_snr[t].float()
+    above = log_snr > 1.0
+    assert 0 < int(above.sum()) < 6
+
+    def find(rows):
+        return module.gradient_errors_of(
+            log_snr[rows], (x0_hat[rows], x_0[rows], t[rows]), torch.Generator().manual_seed(1)
+        )
+
+    error, size, told = find(torch.ones(6, dtype=torch.bool))
+    assert torch.equal(told, log_snr[above])
+    assert error.shape == size.shape == told.shape
+    torch.testing.assert_close(find(above)[0], error)
+    assert [len(x) for x in find(~above)] == [0, 0, 0]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -86,6 +86,20 @@ def test_a_run_on_a_gaussian_is_the_same_with_and_without(learned):
     torch.testing.assert_close(one.log_w, other.log_w, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("finite", [False, True])
+def test_beside_a_head_the_clean_estimates_part_alone_is_made_symmetric(finite):
+    """On a Gaussian nothing changes; a head that is there adds the same with and without."""
+    shifts = []
+    for symmetric in (False, True):
+        sampler = made(GAUSSIAN, learned=True, law="gaussian", symmetric=symmetric, finite=finite)
+        g, number, x = sampler.guidance, 8, normal(3, 2)
+        rows = sampler.constraint.rows(torch.zeros(3, dtype=torch.long), torch.full((3,), 0.7).double())
+        g._weight = torch.zeros(1, 12, 2).double()
+        g._weight[0, number] = torch.tensor([0.3, -0.2])
+        shifts.append(g(sampler.chain.denoiser, x, sampler.chain.where(number, None), rows, g.start(x)).shift)
+    torch.testing.assert_close(*shifts, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize(("precision", "least"), [("float32", 0.99), ("bfloat16", 0.98)])
 def test_of_a_network_it_is_that_of_forward_mode(precision, least):
     """Cosine, at levels where the scene is decided, and where only details are left."""

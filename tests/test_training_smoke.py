@@ -75,6 +75,7 @@ def test_a_validation_alone_has_the_figures_that_the_training_ended_with(name, t
     """`train.py validate --ckpt_path last`: by the average of the weights, where there is one."""
     more = ("--trainer.logger=false", "--trainer.limit_val_batches=2")
     expected = train(name, tmp_path, monkeypatch, *more).trainer.callback_metrics
+    asked = (tmp_path / "config.yaml").read_bytes()
     command = [
         "validate",
         f"--config={CONFIGS / name}-smoke.yaml",
@@ -88,6 +89,7 @@ def test_a_validation_alone_has_the_figures_that_the_training_ended_with(name, t
     assert told
     for key in told:
         torch.testing.assert_close(found[key], expected[key], msg=key)
+    assert (tmp_path / "config.yaml").read_bytes() == asked
 
 
 @pytest.mark.parametrize("name", ["noise-aware", "noise-aware-units"])

@@ -285,11 +285,10 @@ class AmortiseModule(LightningModule):
             self.sampler.chain, self.control, lambda count: self.rows(count, self.device, strength),
             range(first, first + self.paths), strength, self.until, self.device, self.sampler.dtype,
         )  # fmt: skip
-        self.rounds.tell(number, figures)
         self.log_dict(figures, batch_size=self.paths)
         if kept:
             rank_zero_info(f"round {number}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
-            self.rounds.keep(found, folder, rank)
+        self.rounds.drawn(number, found, figures, folder, rank, kept)
         return found
 
     def _drawer(self, number: int) -> str:

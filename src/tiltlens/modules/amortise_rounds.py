@@ -28,7 +28,8 @@ def draw_round(
     chain: Chain, control: Control, rows_of: Callable[[int], RowConstraint], seeds: range, strength: float,
     until: float | None, device: torch.device, dtype: torch.dtype,
 ) -> tuple[Matches, Figures]:  # fmt: skip
-    """A path a seed, and what it is regressed on; means over them. rows_of(count): rows of the unit at this strength."""
+    """A path a seed, and what it is regressed on; means over them: of the objective and path KL, in nats, and of the energy.
+    rows_of(count): rows of the unit at this strength. until: the log-SNR up to which steps are controlled."""
     parts, seen = [], []
     size = ROWS if control.kind == "lora" else len(seeds)  # the graphs of a walk of networks fill the memory
     for at in range(0, len(seeds), size):
@@ -72,18 +73,22 @@ class Rounds:
                 )
             return None
         with safe_open(file, "pt") as stored:
-            self.tell(number, json.loads(stored.metadata()["figures"]))
+            self._tell(number, json.loads(stored.metadata()["figures"]))
         return Matches(**load_file(file, device=str(device)))
 
-    def tell(self, number: int, figures: Figures) -> None:
+    def drawn(
+        self, number: int, paths: Matches, figures: Figures, folder: Path, rank: int, kept: bool
+    ) -> None:
+        """The round has these paths, new ones. A round that could not be kept (a full disk) has not begun."""
+        if kept:
+            tensors = {f.name: getattr(paths, f.name).cpu() for f in fields(Matches)}
+            with whole_file(_file(folder, rank, number, self.drawn_by)) as part:
+                save_file(tensors, part, {"figures": json.dumps(figures)})
+        self._tell(number, figures)
+
+    def _tell(self, number: int, figures: Figures) -> None:
         """What came of a round's paths; rounds after it, of a run that was broken off, are forgotten."""
         self.number, self.figures = number, [*self.figures[:number], figures]
-
-    def keep(self, paths: Matches, folder: Path, rank: int) -> None:
-        """Those of the round that was told of last."""
-        tensors = {f.name: getattr(paths, f.name).cpu() for f in fields(Matches)}
-        with whole_file(_file(folder, rank, self.number, self.drawn_by)) as part:
-            save_file(tensors, part, {"figures": json.dumps(self.figures[-1])})
 
     def state(self, folder: Path, rank: int) -> dict:
         """For a checkpoint. Paths of other rounds are not asked for again, and go, but for the one of the checkpoint that this one

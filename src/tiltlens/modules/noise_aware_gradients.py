@@ -25,21 +25,35 @@ Read = Callable[[Tensor], Tensor]
 
 
 class Spectrum:
-    """Covariance of states (N, C, H, W), of all channels with each other, frequency by frequency."""
+    """Covariance of states (N, C, H, W), of all channels with each other, frequency by frequency; by batches that are added."""
 
-    def __init__(self, x_0: Tensor):
-        f = torch.fft.rfft2((x_0 - x_0.mean(0)).double(), norm="ortho")
-        covariance = torch.einsum("nchw,ndhw->hwcd", f, f.conj()) / len(f)
-        values, vectors = torch.linalg.eigh(covariance)
-        self.values, self.vectors = values.clamp_min(0).float(), vectors.to(torch.complex64)
+    def __init__(self) -> None:
+        self._count, self._sum, self._square = 0, 0.0, 0.0
+        self._law: tuple[Tensor, Tensor] | None = None
+
+    def add(self, x_0: Tensor) -> "Spectrum":
+        f = torch.fft.rfft2(x_0.detach().cpu().double(), norm="ortho")
+        self._count, self._law = self._count + len(f), None
+        self._sum = self._sum + f.sum(0)
+        self._square = self._square + torch.einsum("nchw,ndhw->hwcd", f, f.conj())
+        return self
+
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        """Variances (C, H, W/2+1) and what they are of (H, W/2+1, C, C), one for all of a training."""
+        if self._law is None:
+            with torch.inference_mode(False):  # it is differentiated through, in a validation alone too
+                mean, square = self._sum.clone() / self._count, self._square.clone() / self._count
+                values, vectors = torch.linalg.eigh(square - torch.einsum("chw,dhw->hwcd", mean, mean.conj()))
+                self._law = values.clamp_min(0).float().permute(2, 0, 1), vectors.to(torch.complex64)
+        return self._law
 
     def jacobian(self, h: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """J h (B, C, H, W), J = alpha C / (alpha^2 C + sigma^2), alpha and sigma (B,); differentiable in h."""
-        vectors, values = self.vectors.to(h.device), self.values.to(h.device).permute(2, 0, 1)
-        alpha, sigma = (v.to(h)[:, None, None, None] for v in (alpha, sigma))
-        f = torch.einsum("hwdc,bdhw->bchw", vectors.conj(), torch.fft.rfft2(h, norm="ortho"))
+        """J h (B, C, H, W), J = alpha C / (alpha^2 C + sigma^2), alpha and sigma (B,); differentiable in h. In float32."""
+        values, vectors = (x.to(h.device) for x in self._eigen())
+        alpha, sigma = (v.to(values)[:, None, None, None] for v in (alpha, sigma))
+        f = torch.einsum("hwdc,bdhw->bchw", vectors.conj(), torch.fft.rfft2(h.float(), norm="ortho"))
         f = torch.einsum("hwcd,bdhw->bchw", vectors, f * (alpha * values / (alpha**2 * values + sigma**2)))
-        return torch.fft.irfft2(f, s=h.shape[-2:], norm="ortho")
+        return torch.fft.irfft2(f, s=h.shape[-2:], norm="ortho").to(h)
 
 
 def gradient_error(

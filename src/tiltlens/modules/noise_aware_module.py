@@ -47,7 +47,9 @@ class NoiseAwareModule(LightningModule):
     copy of their encoder, which reads each at its place.
     log_snr: the range of noise levels; until: the highest at which the twin is used, for sharper estimates are the
     encoder's own. own: so many samples of the prior are drawn first, by a chain of `steps`, and make up the share own_share
-    of each batch. fused_attention: False where the fused kernel is the slow one (bf16 on a CPU). Raises UserError or
+    of each batch. gradients: the weight of the gradient's error (`tiltlens.modules.noise_aware_gradients`), beside 1 of the values'; 0
+    for values alone; gradients_from: the log-SNR above which it is taught; of readers of single units. init_from: a folder of a
+    reader of the same units to begin with, or "bundled". fused_attention: False where the fused kernel is the slow one (bf16 on a CPU). Raises UserError or
     ValueError for what encoder and prior have not, and for numbers that are no share, range or learning rate.
     """
 
@@ -83,6 +85,10 @@ class NoiseAwareModule(LightningModule):
             )
         if not log_snr[0] < log_snr[1]:
             raise UserError(f"model.log_snr = {log_snr}: expected (lowest, highest)")
+        if gradients and not gradients_from < log_snr[1]:
+            raise UserError(
+                f"model.gradients_from = {gradients_from}: expected a level below {log_snr[1]}, the highest of model.log_snr"
+            )
         if until is not None and not log_snr[0] < until:
             raise UserError(
                 f"model.until = {until}: expected a level above {log_snr[0]}, the lowest of model.log_snr"
@@ -106,10 +112,6 @@ class NoiseAwareModule(LightningModule):
             for layer in self.layers:  # before the prior is loaded
                 source.require_layer(layer)
             self.twin = twin_of(source)
-        if gradients and not gradients_from < log_snr[1]:
-            raise UserError(
-                f"model.gradients_from = {gradients_from}: expected a level below {log_snr[1]}, the highest of model.log_snr"
-            )
         self.gradients, self.gradients_from, self.before = gradients, gradients_from, {}
         self.units, self.network = list(self.twin.members) if units else [], network
         self.trained = self.twin.trained() if units else list(self.twin.parameters())
@@ -241,19 +243,19 @@ class NoiseAwareModule(LightningModule):
     @torch.no_grad()
     def _measure(self) -> None:
         """The task's moments, and the states' spectrum, over the first MOMENTS of what is trained on."""
-        data, seen, states, count = self.trainer.datamodule, [], [], 0
+        data, seen, count = self.trainer.datamodule, [], 0
+        spectrum = Spectrum() if self.gradients else None
         for batch in BatchStream(*data.train_set, data.batch_size, data.seed, shuffle=True):
             generator = torch.Generator().manual_seed(batch["seed"])
             drawn = self.states(batch["image"].to(self.device), generator)
             seen.append(self.task.targets(*drawn))
-            states.append(drawn[0])
+            if spectrum is not None:
+                spectrum.add(drawn[0])
             count += len(batch["image"])
             if count >= MOMENTS:
                 break
         self.task.measure(seen)
-        if self.gradients:
-            with torch.inference_mode(False):  # it is differentiated through, in a validation alone too
-                self.spectrum = Spectrum(torch.cat(states).clone())
+        self.spectrum = spectrum
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         generator = torch.Generator().manual_seed(batch["seed"])
@@ -269,7 +271,8 @@ class NoiseAwareModule(LightningModule):
             self._follow(self.gradient_errors, error.detach(), bins)
             # of a whole batch, so that a row weighs the same however many are told
             loss = loss + self.gradients * (error / self.gradient_errors[bins]).sum() / len(errors)
-            self.log("train_error_gradient", self.gradient_errors.log().mean())
+            taught = int(self._bins(torch.tensor(self.gradients_from)))
+            self.log("train_error_gradient", self.gradient_errors[taught:].log().mean())
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"])
         return loss
 
@@ -283,7 +286,8 @@ class NoiseAwareModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """val_error: of units or means, in units of the variance, all noise levels alike; val_error_output: of the output;
-        val_error_gradient: of the gradient in x_t, in units of its mean square at the samples, the mean over the levels of a batch."""
+        val_error_gradient: of J times the gradient (`gradient_error`), in units of its mean square at the samples, the mean over a
+        batch's levels above `gradients_from`."""
         generator = torch.Generator().manual_seed(batch["seed"])
         errors, log_snr, seen = self.errors_of(batch["image"], generator, held_out=True)
         self.log("val_error", errors[:, self.task.told].mean(), prog_bar=True, batch_size=len(errors))

@@ -26,7 +26,7 @@ class StepMonitor(Callback):
     """
 
     def __init__(self) -> None:
-        """A validation alone has no training step to watch."""
+        # here and not in on_fit_start, for a validation alone looks at them too
         self._watched: deque[tuple[str, str, Tensor | None, Tensor]] = deque()
         self._paused: float | None = None
 

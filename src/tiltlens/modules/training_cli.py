@@ -45,9 +45,12 @@ LOGGER = {
 
 
 class SaveAsked(SaveConfigCallback):
-    """Writes OUT/config.yaml, over that of an earlier start: a resumed run is asked anew. Every logger has it, too."""
+    """Writes OUT/config.yaml, over that of an earlier start: a resumed run is asked anew. Every logger has it, too. Of a training: a
+    validation alone leaves its config as it is."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
         out = Path(trainer.default_root_dir)
         out.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, out / CONFIG, skip_none=False, overwrite=True, multifile=False)
@@ -128,6 +131,10 @@ class TrainingCLI(CommandLine):
         if not any(name in strategy for name in ("fsdp", "deepspeed")):  # these have checkpoints of their own
             config["plugins"] = [*_listed(config["plugins"]), WholeCheckpointIO()]
         loggers = [x for x in _listed(config["logger"]) if x is not True]
+        if (
+            self.subcommand == "validate"
+        ):  # a curve of a training, or a run of one point, is nothing to add to
+            loggers = []
         for logger in loggers:
             if isinstance(logger, WandbLogger):
                 place_wandb(logger, out)
