@@ -116,3 +116,18 @@ def test_of_a_network_it_is_that_of_forward_mode(precision, least):
         cosine = torch.cosine_similarity(found.flatten(1), expected.flatten(1))
         assert float(cosine.min()) > least
         torch.testing.assert_close(found.norm(), expected.norm(), rtol=0.1, atol=0.0)
+
+
+def test_a_networks_jacobian_is_a_covariance_only_roughly():
+    """Why the symmetric part is taken: J^T h and J h of the bundled prior lie apart, and no further than an error of training."""
+    denoiser, draw = load_prior("bundled").denoiser, torch.Generator().manual_seed(6)
+    for t in (700, 500, 300):
+        eps, image, h = (torch.randn(8, 3, 32, 32, generator=draw) for _ in range(3))
+        h, image = (torch.nn.functional.avg_pool2d(v, k, 1, k // 2) for v, k in ((h, 5), (2 * image, 9)))
+        leaf = (
+            float(denoiser.schedule.alpha[t]) * image + float(denoiser.schedule.sigma[t]) * eps
+        ).requires_grad_()
+        (g,) = torch.autograd.grad(denoiser(leaf, t), leaf, h)
+        across = jacobian_product(denoiser, leaf.detach(), h, t)
+        cosine = torch.cosine_similarity(g.flatten(1), across.flatten(1))
+        assert 0.9 < float(cosine.mean()) < 0.98
