@@ -140,7 +140,7 @@ def test_training_brings_a_readers_gradient_nearer(folder, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_gradients_are_taught_above_a_level_alone(folder):
-    """Rows below it add nothing, nor does a batch without others; and what a row counts for is not the others' affair."""
+    """Rows below it have no error, and change that of no other; nor does a batch that has no other fail."""
     module = NoiseAwareModule(
         "slope-net", units=UNITS, prior=str(folder), own=0, own_share=0, gradients=1.0, gradients_from=1.0
     )

@@ -191,7 +191,7 @@ class Guidance:
     def __call__(
         self, denoiser: Denoiser, x_t: Tensor, step: Step, rows: RowConstraint, memory: Any
     ) -> Guided:
-        """One guided estimate; a single forward of the denoiser."""
+        """One guided estimate; a single forward of the denoiser with a graph, and where a method asks for them others without."""
         reads = self.reads(step, rows)
         if not bool(reads.any()):
             with torch.no_grad():

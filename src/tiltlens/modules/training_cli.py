@@ -131,10 +131,8 @@ class TrainingCLI(CommandLine):
         if not any(name in strategy for name in ("fsdp", "deepspeed")):  # these have checkpoints of their own
             config["plugins"] = [*_listed(config["plugins"]), WholeCheckpointIO()]
         loggers = [x for x in _listed(config["logger"]) if x is not True]
-        if (
-            self.subcommand == "validate"
-        ):  # a curve of a training, or a run of one point, is nothing to add to
-            loggers = []
+        # A validation alone adds no point to the curve of the training whose folder it is given.
+        loggers = loggers if self.subcommand == "fit" else []
         for logger in loggers:
             if isinstance(logger, WandbLogger):
                 place_wandb(logger, out)
