@@ -20,11 +20,10 @@ import json
 import math
 import time
 from copy import copy
-from pathlib import Path
 
 import numpy as np
 import torch
-from guidance import AWARE, GUIDANCES, UNITS, Bench, Figure, fingerprints, pm, settings_of, tell, twin_of
+from guidance import AWARE, GUIDANCES, Bench, Figure, common, fingerprints, pm, settings_of, tell, twin_of
 
 from tiltlens.priors import load_prior
 from tiltlens.units import build_unit
@@ -113,32 +112,15 @@ def show(asked: argparse.Namespace, figures: dict[Key, Figure]) -> bool:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--prior", default="bundled", help="bundled, a diffusers folder, or a hub name")
-    parser.add_argument("--precision", default="bfloat16", help="of the prior's network: bfloat16 or float32")
-    parser.add_argument("--units", nargs="+", default=UNITS, help="addresses")
+    parser = common(__doc__)
+    parser.set_defaults(noise_aware="bundled", pilot=128, tuning=32)
     parser.add_argument("--theirs", default=THEIRS, choices=list(GUIDANCES), metavar="NAME")
     parser.add_argument("--ours", default=OURS, choices=list(GUIDANCES), metavar="NAME")
-    parser.add_argument(
-        "--noise-aware", default="bundled", help="the folder of a twin that reads clean estimates, or bundled"
-    )
     parser.add_argument("--shift", type=float, default=1.0, help="in prior standard deviations")
     parser.add_argument("--steps", nargs="+", type=int, default=STEPS)
-    parser.add_argument("--samples", type=int, default=64, help="of a row")
-    parser.add_argument("--pool", type=int, default=256, help="unguided samples of each chain")
-    parser.add_argument(
-        "--bound", type=int, default=0, help="unguided samples for kl_lower; those of the pool unless more"
-    )
-    parser.add_argument("--pilot", type=int, default=128, help="of the pool, for the slopes of Calibrated")
-    parser.add_argument("--tuning", type=int, default=32, help="samples of a tuning run")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    parser.add_argument("--quick", action="store_true", help="does it run: one unit, a few samples and steps")
     asked = parser.parse_args()
     if asked.quick:
-        asked.samples, asked.steps, asked.pool, asked.pilot = 4, [5, 6], 32, 32
+        asked.samples, asked.steps, asked.pool, asked.pilot = 4, [5], 32, 32
         asked.tuning, asked.batch_size, asked.units = 2, 8, asked.units[:1]
     if not 8 <= asked.pilot <= asked.pool:
         parser.error("expected 8 <= --pilot <= --pool")

@@ -385,20 +385,18 @@ def print_closing(figures: list[Figure], units: list[str], target: float) -> dic
     return closing
 
 
-def arguments() -> argparse.Namespace:
+def common(description: str) -> argparse.ArgumentParser:
+    """The options of every command that makes such rows."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--prior", default="bundled", help="bundled, a diffusers folder, or a hub name")
     parser.add_argument("--precision", default="bfloat16", help="of the prior's network: bfloat16 or float32")
     parser.add_argument(
         "--units", nargs="+", default=UNITS, help="addresses (with weights=FILE for other encoders)"
     )
-    parser.add_argument("--guidance", nargs="+", default=PUBLISHED, choices=list(GUIDANCES), metavar="NAME")
     parser.add_argument("--noise-aware", help="the folder of a twin that reads clean estimates, or bundled")
-    parser.add_argument("--shift", nargs="+", type=float, default=[1.0], help="in prior standard deviations")
     parser.add_argument("--samples", type=int, default=64, help="of a row")
-    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--pool", type=int, default=256, help="unguided samples")
     parser.add_argument(
         "--bound", type=int, default=0, help="unguided samples for kl_lower; those of the pool unless more"
@@ -408,6 +406,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--quick", action="store_true", help="does it run: one unit, a few samples and steps")
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    parser = common(__doc__)
+    parser.add_argument("--guidance", nargs="+", default=PUBLISHED, choices=list(GUIDANCES), metavar="NAME")
+    parser.add_argument("--shift", nargs="+", type=float, default=[1.0], help="in prior standard deviations")
+    parser.add_argument("--steps", type=int, default=40)
     asked = parser.parse_args()
     if asked.quick:
         asked.samples, asked.steps, asked.pool, asked.pilot = 4, 6, 32, 32
