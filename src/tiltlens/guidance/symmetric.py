@@ -12,9 +12,8 @@ from torch import Tensor
 
 from tiltlens.denoiser import Denoiser
 
-PART = (
-    0.1  # of x_t, in root mean square: far below bfloat16's rounding tells, far above the network's curvature
-)
+# Of x_t, in root mean square: far below it bfloat16's rounding tells, far above it the network's curvature.
+PART = 0.1
 
 
 @torch.no_grad()
