@@ -1,7 +1,9 @@
 """Laws of units: what is read is what the network computed, for each row alone, with its gradient."""
 
 import importlib
+import linecache
 import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -474,6 +476,35 @@ def preprocessed():
 def test_a_model_that_does_not_take_its_input_size_is_an_error_of_the_users():
     with pytest.raises(ValueError, match=r"does not take its own input size, 224 x 224.*input_size"):
         UnitBank([build_unit("test_units:Fixed,channel=1")]).validate_encoders()
+
+
+def test_a_reading_is_known_by_preprocessing_and_code_besides_the_weights(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sources_module, "_loaded", {})
+    monkeypatch.setattr("sys.dont_write_bytecode", True)  # two versions within a second are one to its cache
+    written = (
+        "import torch\nclass Net(torch.nn.Conv2d):\n    input_size, mean = 16, (0.5, 0.5, 0.5)\n"
+        "    def forward(self, x):\n        return super().forward(x).mean((2, 3))\n"
+        "def make():\n    return Net(3, 4, 3)\n"
+    )
+    found = []
+    for change in (("", ""), ("16", "24"), ("(0.5, 0.5", "(0.4, 0.5"), (".mean(", ".amax("), ("", "")):
+        (tmp_path / "versions.py").write_text(written.replace(*change) if change[0] else written)
+        sys.modules.pop("versions", None)
+        linecache.clearcache()
+        importlib.invalidate_caches()
+        sources_module._loaded.clear()
+        unit = build_unit("versions:make,channel=1").load()
+        found.append((unit.encoder.fingerprint, unit.fingerprint))
+    weights, units = zip(*found)
+    assert len(set(weights)) == 1  # those of one seed
+    assert len(set(units)) == 4
+    assert units[0] == units[-1]
+
+
+def test_a_factory_that_is_on_no_path_is_told_as_such():
+    with pytest.raises(ValueError, match=r"expected a module mynets that can be imported.*PYTHONPATH"):
+        build_unit("mynets:make,channel=1")
 
 
 class TwoInputs(torch.nn.Module):

@@ -37,8 +37,7 @@ def cached_activations(
     """images: batches {image (B, 3, H, W) in [-1, 1]}, the same at each pass -> activations (rows, C) float16, image by
     image; per_image positions of each, drawn by the number of the image (None: all). Raises ValueError for tokens that
     the layer has not, UserError for activations beyond float16."""
-    named = (encoder.fingerprint, encoder.input_size, encoder.mean, encoder.std, encoder.interpolation,
-             encoder.num_prefix_tokens, encoder.num_registers, layer, tokens, per_image)  # fmt: skip
+    named = (encoder.identity, layer, tokens, per_image)
     digest = hashlib.sha256(repr(named).encode())
     for batch in images:
         digest.update(f"{tuple(batch['image'].shape)}".encode())

@@ -9,6 +9,8 @@ Layers are read by forward hooks, and the forward ends as soon as the last one a
 what lies behind it costs nothing, in any architecture.
 """
 
+import hashlib
+import inspect
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -20,6 +22,7 @@ from tiltlens.batches import in_equal_batches
 from tiltlens.units.near import near
 from tiltlens.units.weights import fingerprint
 
+LIBRARIES = ("torch", "torchvision", "timm")  # whose code is known by its version
 NEUTRAL = (0.5, 0.5, 0.5)  # mean and std of an encoder that says nothing of its own: the model sees [-1, 1]
 
 
@@ -74,6 +77,14 @@ class Encoder(nn.Module):
     def fingerprint(self) -> str:
         """sha256 (hex) of the state dict."""
         return fingerprint(self.model.state_dict())
+
+    @cached_property
+    def identity(self) -> str:
+        """sha256 (hex) of all that an activation depends on: the weights, the preprocessing, the layout of tokens and
+        channels, and the source of the model's own classes, where it can be had (not that of torch, torchvision, timm)."""
+        told = (self.fingerprint, self.input_size, self.mean, self.std, self.interpolation,
+                self.num_prefix_tokens, self.num_registers, self.layout, _own_code(self.model))  # fmt: skip
+        return hashlib.sha256(repr(told).encode()).hexdigest()
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -171,6 +182,17 @@ def _tensor(output: object, layer: str | None, batch: int) -> Tensor:
             "attention are not): address the block around it"
         )
     return output
+
+
+def _own_code(model: nn.Module) -> list[str]:
+    code = []
+    for kind in {type(part) for part in model.modules()}:
+        if kind.__module__.partition(".")[0] not in LIBRARIES:
+            try:
+                code.append(inspect.getsource(kind))
+            except (OSError, TypeError):  # a class that was typed in, or is no file's
+                code.append(kind.__qualname__)
+    return sorted(code)
 
 
 def _registers(model: nn.Module) -> int:

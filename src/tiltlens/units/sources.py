@@ -95,6 +95,12 @@ def find_encoder(name: str, weights: str | None = None) -> Callable[[], Encoder]
             "video and flow are not known by name): take its backbone, or write package.module:factory, a "
             "function of no arguments that makes an nn.Module for images (B, 3, H, W)"
         )
+    module, factory = module_and_attribute(name)
+    if ":" in name and module and prefix != "torchvision":
+        raise ValueError(
+            f"unknown encoder {name!r}: expected a module {module} that can be imported and makes it by {factory}(), found none: "
+            f"put the folder of {module.partition('.')[0]} on PYTHONPATH"
+        )
     raise ValueError(f"unknown encoder {name!r}; {near(bare, known)}")
 
 

@@ -88,7 +88,7 @@ class EncoderUnit(Unit):
         for path in self._files:
             with open(path, "rb") as file:
                 read += hashlib.file_digest(file, "sha256").hexdigest()
-        parts = (self.name, self.load().encoder.fingerprint, read)
+        parts = (self.name, self.load().encoder.identity, read)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def read(self, h: Tensor) -> Tensor:
