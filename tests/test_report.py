@@ -3,6 +3,7 @@
 import math
 import re
 from base64 import b64encode
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tiltlens import report
+from tiltlens.report import answers
 from tiltlens.report.digits import number, plus_minus
 from tiltlens.report.findings import certificate, learned
 from tiltlens.report.image_grid import dealt
@@ -83,6 +85,7 @@ def make_run(
                     "kl": 1.2 * least,
                     "kl_se": 0.1 * least,
                 }
+                row |= {"optimum_energy": -0.9 * s**0.8, "optimum_energy_se": 0.1}
                 row |= {"log_z": s**2 / 2, "log_z_se": 0.04 * s, "gap": 0.3 * s, "gap_se": 0.05 * s}
                 row |= {"efficiency": 0.476 if s else None, "kl_method": "mbar", "ess": n / (1 + s**2)}
             curve.append(row)
@@ -201,9 +204,41 @@ def test_the_page_begins_with_the_picture_and_then_the_answer(folder, page):
     assert places == sorted(places)
     row = folder.read_summary()["rows"][-1]
     z = plus_minus(row["z_mean"], row["z_se"])
-    least, most = number(row["kl_lower"], 2), number(row["path_kl"], 2)
+    least, most = (plus_minus(row[k], row[f"{k}_se"]) for k in ("kl_lower", "path_kl"))
     assert f"At strength 4 the unit’s mean activation is {z} natural standard deviations above" in text
     assert f"at between {least} and {most} nats from natural images" in text
+
+
+def test_a_bound_that_its_own_error_leaves_open_is_not_told():
+    row = {"kl_lower": 0.3, "kl_lower_se": 2.4, "path_kl": 2.8, "path_kl_se": 14.3}
+    assert answers.nats(row) == ""
+    assert answers.nats(row | {"path_kl_se": 0.4}) == "≤ 2.8 nats"
+    assert answers.nats(row | {"path_kl_se": 0.4, "kl_lower_se": None}) == "0.3–2.8 nats"
+    assert answers.nats(row | {"kl_lower": -0.1, "kl_lower_se": None}) == "≥ 0 nats"
+
+
+def test_the_ideal_law_is_placed_by_its_own_activation_and_only_where_the_energy_tells_it(folder):
+    (run,) = report.read_units(folder).values()
+    ideal = run.curve[-1] | {"optimum_energy": -0.72, "optimum_energy_se": 0.31}
+    told = answers.answer(replace(run, curve=[*run.curve[:-1], ideal]))
+    assert f"The ideal law at this strength has z = {plus_minus(0.72, 0.31)}, at" in told
+    samples = run.samples.set_column(
+        run.samples.column_names.index("energy"), "energy", pa.array(np.square(run.samples["z"]))
+    )
+    target = replace(run, samples=samples)
+    assert run.linear
+    assert not target.linear
+    assert "has z =" not in answers.answer(target)
+    axes = report.figures.frontier(target).axes[0]
+    assert not [c for c in axes.containers if c.lines[0] is not None]
+
+
+def test_the_frontier_names_every_strength_within_its_axes(folder):
+    (run,) = report.read_units(folder).values()
+    wide = [row | {"path_kl_se": 0.8 * row["path_kl"]} for row in run.curve]
+    axes = report.figures.frontier(replace(run, curve=wide)).axes[0]
+    assert {t.get_text() for t in axes.texts} == {"s = 0", "s = 1", "s = 2", "s = 4"}
+    assert all(t.xy[0] <= axes.get_xlim()[1] for t in axes.texts)
 
 
 def test_the_page_says_what_it_came_from_and_escapes_it(page):
@@ -265,7 +300,7 @@ def test_clipped_rows_are_told(tmp_path):
     [
         ({"strengths": (0.0,)}, "samples of the prior alone"),
         ({"strengths": (2.0,), "n": 1}, "At strength 2"),
-        ({"eta": 0.0}, "at no less than 3.7 nats from natural images."),
+        ({"eta": 0.0}, "at no less than 3.7 ± 0.4 nats from natural images."),
         ({"draw": None, "units": ("projection",), "z": False}, "This run has no images"),
         ({"bad": {(s, k) for s in STRENGTHS for k in range(5)}}, "No sample of this unit has a finite"),
         ({"bad": {(4.0, k) for k in range(5)}, "eta": 0.0}, "At strength 2"),
@@ -333,7 +368,7 @@ def test_the_figures_show_the_numbers_of_the_curve(folder):
     (run,) = report.read_units(folder).values()
     axes = report.figures.frontier(run).axes[0]
     dots = [c.lines[0].get_xydata()[0] for c in axes.containers if c.lines[0] is not None]
-    np.testing.assert_allclose(dots, [(r["kl"], r["z_mean"]) for r in run.curve])
+    np.testing.assert_allclose(dots, [(r["kl"], -r["optimum_energy"]) for r in run.curve])
     bars = [line.get_xdata() for line in axes.lines if line.get_marker() == "|"]
     np.testing.assert_allclose(bars, [(r["kl_lower"], r["path_kl"]) for r in run.curve])
     labels = [t.get_text() for t in report.figures.histogram(run).axes[0].get_yticklabels()]

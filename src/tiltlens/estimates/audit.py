@@ -67,9 +67,9 @@ def audit(
                 )
         if methods[k] == "bounds":
             value.kl[k] = se.kl[k] = np.nan
+            least = f"; KL(q_s||p) is at least {last:.3g} nats, the most at a smaller strength" if last > 0 else ""
             warnings.append(
-                f"{at} no kl, only bounds: {reason}; KL(q_s||p) is at least {last:.3g} nats, the most at a "
-                f"smaller strength{'' if np.isfinite(value.log_z[k]) else '; no log_z and no gap either'}."
+                f"{at} no kl, only bounds: {reason}{least}{'' if np.isfinite(value.log_z[k]) else '; no log_z and no gap either'}."
                 f"{remedy if reason == COLLAPSED else ''}"
             )
             continue

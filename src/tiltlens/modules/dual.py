@@ -217,7 +217,7 @@ def say(asked: Asked, found: Certificate, natural: Natural, strengths: int) -> s
     start = f"Asked for {asked.text}" + ("" if kl else f", {what}")
     name = "KL" if kl else "the mean activation"
     reached = plus_minus(found.value, found.value_se) if found.value is not None else ""
-    reached += "" if kl or not reached else _z(found.value, natural)
+    reached += "" if kl or not reached else _z(found.value, natural, found.value_se)
     low, high = (number(x) for x in found.reach)
     if found.status == "natural":
         return f"{start}: natural samples meet it already, with {reached}."
@@ -258,7 +258,7 @@ def say(asked: Asked, found: Certificate, natural: Natural, strengths: int) -> s
     )
 
 
-def _z(activation: float, natural: Natural) -> str:
+def _z(activation: float, natural: Natural, se: float | None = None) -> str:
     if natural.std == 1.0 and natural.mean == 0.0:
         return ""
-    return f" (z = {number((activation - natural.mean) / natural.std)})"
+    return f" (z = {plus_minus((activation - natural.mean) / natural.std, se and se / natural.std)})"

@@ -46,7 +46,8 @@ def estimate_run(folder: RunFolder, module: Any, data: Any) -> None:
         if asked:
             certificates[unit.name] = asked.certify(reference, mine, pilot, curve)
         natural[unit.name] = {
-            "mean": reference.mean, "std": reference.std, "n": len(reference.activations),
+            "mean": reference.mean, "mean_se": reference.mean_se, "std": reference.std, "std_se": reference.std_se,
+            "n": len(reference.activations),
             "from": module.natural or ("pilot" if module.pilot else "none"), "level": _level(sampler.constraint, i),
             "quantiles": {f"q{q:g}": float(torch.quantile(reference.activations, q)) for q in (0.01, 0.05, 0.5, 0.95, 0.99)}
             if len(reference.activations) else {},

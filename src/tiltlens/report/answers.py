@@ -10,18 +10,20 @@ ESS_SHARE, ESS_LEAST = 0.1, 5.0  # below either, weights rest on a handful of sa
 CLIPPED_SHARE = 0.05  # of a sample's values
 
 
-def answer(run: UnitRun) -> str:
-    """How far the strongest tilt moved the unit, and how many nats from natural that is."""
+def answer(run: UnitRun, strength: float | None = None) -> str:
+    """How far the strongest tilt moved the unit, or the one nearest to `strength`, and how many nats from natural
+    that is."""
     scale = run.scale
     rows = [row for row in run.curve if row[f"{scale}_mean"] is not None]
     if not rows:
         return "No sample of this unit has a finite activation."
-    row = rows[-1]
+    row = rows[-1] if strength is None else min(rows, key=lambda r: abs(r["strength"] - strength))
     mean, se = row[f"{scale}_mean"], row[f"{scale}_se"]
     start = f"At strength {number(row['strength'], 6)} the unit’s mean activation is "
     if scale == "z":
         side = "above" if mean >= 0 else "below"
-        start += f"{plus_minus(abs(mean), se)} natural standard deviations {side} the natural mean"
+        known = f" (a scale known to {run.scale_error:.0%})" if run.scale_error else ""
+        start += f"{plus_minus(abs(mean), se)} natural standard deviations{known} {side} the natural mean"
     else:
         natural = run.natural.get("activation", np.empty(0))
         start += plus_minus(mean, se)
@@ -31,22 +33,42 @@ def answer(run: UnitRun) -> str:
     sentence = f"{start}, {_distance(row, 'natural images' if run.has_images else 'the prior')}."
     if row["kl"] is None:
         return sentence
-    return f"{sentence} The ideal law at this strength lies at {plus_minus(row['kl'], row['kl_se'])} nats."
+    ideal, at = row["optimum_energy"], f"{plus_minus(row['kl'], row['kl_se'])} nats"
+    if not run.linear or ideal is None:
+        return f"{sentence} The ideal law at this strength lies at {at}."
+    mean = plus_minus(-ideal, row["optimum_energy_se"])
+    return f"{sentence} The ideal law at this strength has {'z = ' if scale == 'z' else ''}{mean}, at {at}."
 
 
 def _distance(row: dict, origin: str) -> str:
-    lower, upper = row["kl_lower"], row["path_kl"]
-    lower = None if lower is None else max(lower, 0.0)  # an estimate may fall below what KL can be
+    lower, upper = (bound(row[key], row[f"{key}_se"]) for key in ("kl_lower", "path_kl"))
     if lower is None and upper is None:
         return f"at a distance from {origin} that this run did not bound"
     if lower is None:
-        return f"at no more than {number(upper, 2)} nats from {origin}"
+        return f"at no more than {upper} nats from {origin}"
     if upper is None:
-        return f"at no less than {number(lower, 2)} nats from {origin}"
-    lower, upper = number(lower, 2), number(upper, 2)
+        return f"at no less than {lower} nats from {origin}"
     if lower == upper:
         return f"at {lower} nats from {origin}"
     return f"at between {lower} and {upper} nats from {origin}"
+
+
+def nats(row: dict) -> str:
+    """The two bounds in a label's few characters, of those that their own errors do not leave open."""
+    low, high = (
+        number(max(row[key], 0.0), 2) if bound(row[key], row[f"{key}_se"]) is not None else None
+        for key in ("kl_lower", "path_kl")
+    )
+    if low is not None and high is not None:
+        return f"{low}–{high} nats"
+    return f"≥ {low} nats" if low is not None else f"≤ {high} nats" if high is not None else ""
+
+
+def bound(value: float | None, se: float | None) -> str | None:
+    """In words; None for one that its own error leaves open. An estimate may fall below what KL can be."""
+    if value is None or (se and se > max(value, 0.0)):
+        return None
+    return plus_minus(max(value, 0.0), se) if se else number(max(value, 0.0), 2)
 
 
 def find_warnings(folder: RunFolder, runs: dict[str, UnitRun] | None = None) -> list[str]:
@@ -84,7 +106,8 @@ def _of_unit(run: UnitRun, told: str) -> list[str]:
     if clipped.any():
         lines.append(
             f"{clipped.sum()} of {len(clipped)} rows had more than {CLIPPED_SHARE:.0%} of their values "
-            f"clipped (strength {_list(strengths[clipped])}): there the chain leaves the range of images."
+            f"clipped (strength {_list(strengths[clipped])}): there the chain leaves the range of images. Pictures show "
+            "them cut, activations are of the values as they are; model.clip = true keeps a chain inside."
         )
     low = [row for row in run.curve if row["strength"] and _collapsed(row["ess"], row["n"])]
     if low and "only bounds" not in told:

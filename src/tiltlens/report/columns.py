@@ -40,7 +40,8 @@ COLUMNS = (
     _column(
         "z_mean",
         "activation, z",
-        "Mean activation of the samples, in natural standard deviations above the natural mean.",
+        "Mean activation of the samples, in natural standard deviations above the natural mean; the error is that of the "
+        "samples, on the scale of this run’s reference (how well that is known: <code>std_se</code> in summary.json).",
         "z_se",
     ),
     _column("activation_mean", "activation", "Mean activation in the unit’s own scale.", "activation_se"),

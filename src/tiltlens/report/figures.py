@@ -67,9 +67,9 @@ def frontier(run: UnitRun) -> Figure | None:
     """Mean activation against nats. None where no strength has a KL.
 
     A bar a strength from kl_lower to path_kl, within which lies the law that was sampled, a caret where
-    there is no upper bound, and a dot at kl ± se, the ideal law of this strength; height: mean ± se. The line
-    through the left ends is the frontier: the least nats that reach the same mean energy; its band, and the whisker of a right
-    end, are one standard error.
+    there is no upper bound; height: mean ± se. Where E is minus the activation, a dot at kl and minus optimum_energy, each ± se, the
+    ideal law of this strength, and a line through the left ends, the frontier: the least nats that reach the same mean
+    energy. Its band, and the whisker of a right end, are one standard error.
     """
     name = run.scale
     keys = ("kl_lower", "path_kl", "kl")
@@ -86,10 +86,11 @@ def frontier(run: UnitRun) -> Figure | None:
         (r["kl_lower"], r[f"{name}_mean"], r["kl_lower_se"] or 0) for r in rows if r["kl_lower"] is not None
     ]
     least, height, error = np.reshape(ends, (-1, 3)).T
-    axes.plot(least, height, color=THEME["muted"], lw=0.9, zorder=1)
-    axes.fill_betweenx(
-        height, np.fmax(least - error, 0), least + error, color=THEME["muted"], alpha=0.18, lw=0, zorder=0
-    )
+    if run.linear:
+        axes.plot(least, height, color=THEME["muted"], lw=0.9, zorder=1)
+        axes.fill_betweenx(
+            height, np.fmax(least - error, 0), least + error, color=THEME["muted"], alpha=0.18, lw=0, zorder=0
+        )
     for r in rows:
         y, shade = r[f"{name}_mean"], colour[r["strength"]]
         low, high = r["kl_lower"], r["path_kl"]
@@ -101,23 +102,33 @@ def frontier(run: UnitRun) -> Figure | None:
             axes.plot([low, high], [y, y], "|", color=shade, ms=9, mew=1.2, zorder=2)
             spread = {"xerr": r["path_kl_se"] or 0, "yerr": r[f"{name}_se"] or 0}
             axes.errorbar(high, y, **spread, fmt="none", color=shade, elinewidth=0.8, zorder=2)
-        if r["kl"] is not None:
-            errors = {"xerr": r["kl_se"] or 0, "yerr": r[f"{name}_se"] or 0}
-            axes.errorbar(r["kl"], y, **errors, fmt="o", ms=5, color=shade, elinewidth=1.1, zorder=3)
-        right = max(r[k] + (r[f"{k}_se"] or 0 if k != "kl_lower" else 0) for k in keys if r[k] is not None)
+        if run.linear and r["kl"] is not None and r["optimum_energy"] is not None:
+            errors = {"xerr": r["kl_se"] or 0, "yerr": r["optimum_energy_se"] or 0}
+            axes.errorbar(
+                r["kl"], -r["optimum_energy"], **errors, fmt="o", ms=5, color=shade, elinewidth=1.1, zorder=3
+            )
         label = f"s = {number(r['strength'], 4)}"
-        place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(label, (right, y), **place)
-    if name == "z":
+        place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+        axes.annotate(label, (_right_end(r), y), **place)
+    if name == "z" and run.linear:
         _gaussian_frontier(axes, max(r["z_mean"] for r in rows))
     lowest = min(0.0, *(r[k] for r in rows for k in keys if r[k] is not None))
+    reach = max(_right_end(r) for r in rows)
     if widest > WIDE:  # a logarithmic axis, linear below one nat
-        axes.set_xlim(min(lowest, -0.25), widest * 3)
+        axes.set_xlim(min(lowest, -0.25), max(widest * 3, reach * 1.5))
     else:
-        axes.set_xlim(lowest - 0.02 * widest if widest else -0.1, widest * 1.18 or 1.0)
+        axes.set_xlim(lowest - 0.02 * reach if reach else -0.1, max(widest * 1.18, reach * 1.12) or 1.0)
     axes.set_xlabel("KL from p, nats")
     axes.set_ylabel(f"mean {_axis(run)}")
     return figure
+
+
+def _right_end(row: dict) -> float:
+    """Where a row's bar ends, whisker included, in nats."""
+    high = row["path_kl"] if row["path_kl"] is not None else row["kl_lower"]
+    if high is None:
+        return row["kl"] + (row["kl_se"] or 0)
+    return high + (row["path_kl_se"] or 0 if row["path_kl"] is not None else 0)
 
 
 def _gaussian_frontier(axes, top: float) -> None:

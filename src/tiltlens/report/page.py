@@ -15,6 +15,11 @@ from tiltlens.run_folder import RunFolder
 
 HERE = Path(__file__).parent
 FIRST, MOST = 8, 32  # seeds of a unit that are seen at once, and that the page holds
+FRONTIER = (
+    " The line through the left ends is the frontier. A dot is the ideal law of a strength: far below its bar, guidance "
+    "tilted more than was asked."
+)
+DOTTED = " Dotted: z²/2, the frontier of a unit whose natural activation is Gaussian."
 ATLAS = 4  # units; a page of more holds only the first seeds of each, to stay a few megabytes
 STRIP = 4  # images of a unit in the index
 
@@ -22,10 +27,9 @@ FIGURES = (
     (
         figures.frontier,
         "Activation against distance",
-        "Mean activation (± standard error) and KL from p. The law that was sampled lies within the bar: its "
+        "Mean activation and KL from p, whiskers and band one standard error. The law that was sampled lies within the bar: its "
         "left end is the least that any law pays for the same mean energy, its right end the most that was "
-        "paid (a triangle: not known). The line through the left ends is the frontier (band and whiskers: one standard error); the shorter the bar, "
-        "the less was wasted. The dot, at the same height, is the cost of the ideal law of that strength.",
+        "paid (a triangle: not known); the shorter the bar, the less was wasted.",
     ),
     (
         figures.histogram,
@@ -72,7 +76,7 @@ def _render(folder: RunFolder, runs: dict[str, UnitRun]) -> str:
         folder=folder.path.resolve().name,
         subject=brief(manifest),
         units=[
-            _unit(folder, run, MOST if len(runs) <= ATLAS else FIRST)
+            _unit(folder, run, MOST if len(runs) <= ATLAS else FIRST, constraints.get(run.unit) or {})
             | {"constraint": constraints.get(run.unit)}
             | {"certificate": certificate(constraints.get(run.unit))}
             | {"learned": learned(manifest.get("learned", {}).get(run.unit))}
@@ -86,8 +90,8 @@ def _render(folder: RunFolder, runs: dict[str, UnitRun]) -> str:
     )
 
 
-def _unit(folder: RunFolder, run: UnitRun, most: int) -> dict:
-    """What the template shows of a unit, with at most so many seeds."""
+def _unit(folder: RunFolder, run: UnitRun, most: int, constraint: dict) -> dict:
+    """What the template shows of a unit, with at most so many seeds. constraint: its entry of summary.json, if any."""
     seeds, rows = image_grid.cells(run)
     parts = [part for part in (seeds[:FIRST], seeds[FIRST:most]) if part]
     blocks = [
@@ -96,12 +100,15 @@ def _unit(folder: RunFolder, run: UnitRun, most: int) -> dict:
     ]
     has, has_not = columns.split(run)
     colour = _colours(run)
-    drawn = [(draw(run), draw.__name__, title, text) for draw, title, text in FIGURES]
+    linear = FRONTIER + (DOTTED if run.scale == "z" else "") if run.linear else ""
+    drawn = [
+        (draw(run), draw.__name__, title, text + (linear if draw is figures.frontier else ""))
+        for draw, title, text in FIGURES
+    ]
     return {
         "address": run.unit,
         "slug": run.slug,
-        "answer": answers.answer(run),
-        "standardised": run.scale == "z",
+        "answer": answers.answer(run, constraint.get("strength")),
         "blocks": blocks,
         "strip": [image for image in blocks[0]["rows"][-1]["images"] if image][:STRIP] if blocks else [],
         "particles": run.in_groups,
@@ -127,7 +134,6 @@ def _image_rows(folder: RunFolder, run: UnitRun, rows: dict, seeds: list[int]) -
     out = []
     for strength, names in rows.items():
         row, label = curve[strength], number(strength, 6)
-        bounds = [number(row[key], 2) for key in ("kl_lower", "path_kl") if row[key] is not None]
         images = [
             names[seed]
             and {
@@ -137,7 +143,7 @@ def _image_rows(folder: RunFolder, run: UnitRun, rows: dict, seeds: list[int]) -
             for seed in seeds
         ]
         mean = f"{unit} {number(row[f'{run.scale}_mean'], 2)}"
-        nats = f"{'–'.join(bounds)} nats" if strength and len(bounds) == 2 else ""
+        nats = answers.nats(row) if strength else ""
         out.append(
             {"strength": label, "colour": colour[strength], "mean": mean, "nats": nats, "images": images}
         )

@@ -19,7 +19,7 @@ ORDER = (
     "git_revision",
     "versions",
 )
-HEAD = ("prior", "encoder", "guidance", "chain")  # what stands under the title
+HEAD = ("prior", "encoder", "energy", "guidance", "chain")  # what stands under the title
 
 
 def provenance(manifest: dict) -> list[dict]:

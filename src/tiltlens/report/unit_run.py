@@ -15,7 +15,8 @@ class UnitRun:
     """One unit of a run. slug: its name in file names.
 
     curve: a dict a strength, ascending, with the columns of curve.parquet. samples, steps: its rows of those
-    tables. natural: {"activation", "z"}: (n,) arrays of draws from p, of the pilot or else of strength 0.
+    tables. natural: {"activation", "z"}: (n,) arrays of draws from p, of the pilot or else of strength 0. scale_error:
+    relative standard error of the natural standard deviation, the unit of z; None where not known.
     """
 
     unit: str
@@ -24,11 +25,19 @@ class UnitRun:
     samples: pa.Table
     steps: pa.Table
     natural: dict[str, np.ndarray] = field(default_factory=dict)
+    scale_error: float | None = None
 
     @property
     def scale(self) -> str:
         """The column in which activations are shown: "z" if the run standardised, else "activation"."""
         return "z" if any(row["z_mean"] is not None for row in self.curve) else "activation"
+
+    @property
+    def linear(self) -> bool:
+        """Whether E is minus the activation that is shown: an energy is then read as an activation."""
+        energy, shown = (self.samples[name].cast(pa.float64()).to_numpy() for name in ("energy", self.scale))
+        known = np.isfinite(energy) & np.isfinite(shown)
+        return bool(known.any()) and np.allclose(energy[known], -shown[known], rtol=1e-4, atol=1e-4)
 
     @property
     def has_images(self) -> bool:
@@ -59,7 +68,8 @@ def read_units(folder: RunFolder) -> dict[str, UnitRun]:
 
     A strength without a row of the curve (the run was stopped) gets one with the means of its samples alone.
     """
-    rows, samples, steps = folder.read_summary()["rows"], folder.samples(), folder.steps()
+    summary, samples, steps = folder.read_summary(), folder.samples(), folder.steps()
+    rows, reference = summary["rows"], summary["natural"]
     pilot = folder.path / "pilot" / "samples.parquet"
     pilot = pq.read_table(pilot) if pilot.exists() else None
     units = dict.fromkeys([*(row["unit"] for row in rows), *samples["unit"].to_pylist()])
@@ -80,8 +90,13 @@ def read_units(folder: RunFolder) -> dict[str, UnitRun]:
             own,
             steps.filter(pc.equal(steps["unit"], unit)),
             {name: _finite(drawn[name]) for name in ("activation", "z") if name in drawn.column_names},
+            _relative(reference.get(unit, {})),
         )
     return runs
+
+
+def _relative(natural: dict) -> float | None:
+    return natural["std_se"] / natural["std"] if natural.get("std_se") else None
 
 
 def _finite(column: pa.ChunkedArray) -> np.ndarray:

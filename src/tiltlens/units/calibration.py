@@ -4,6 +4,7 @@ A simple unit's activation a is the encoder's number. A combination is a functio
 activations, so the members' own natural mean and standard deviation come first.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,20 @@ class Natural:
         a = unit.combine((members - mean) / std)
         _check_alive(unit, a.std())
         return cls(mean, std, float(a.mean()), float(a.std()), a.sort().values)
+
+    @property
+    def mean_se(self) -> float | None:
+        """Standard error of mean, std / sqrt(P); None without a reference."""
+        return self.std / math.sqrt(len(self.activations)) if len(self.activations) else None
+
+    @property
+    def std_se(self) -> float | None:
+        """Standard error of std, std sqrt((kurtosis - 1) / (4 P)), kurtosis = E[(a - mean)^4] / std^4; None without a
+        reference."""
+        if not len(self.activations):
+            return None
+        kurtosis = float(((self.activations - self.mean) / self.std).pow(4).mean())
+        return self.std * math.sqrt(max(kurtosis - 1, 0.0) / (4 * len(self.activations)))
 
     def quantile(self, q: float) -> float:
         """The q-quantile of the natural activation. Beyond 1 - 1/P of the reference it is read off a Gaussian tail
