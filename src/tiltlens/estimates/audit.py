@@ -30,19 +30,21 @@ def audit(
     pool: Pool | None,
     sweep: Sweep,
     single: Sweep,
+    apart: np.ndarray,
     bootstrap: Replicates,
 ) -> tuple[Sweep, Sweep, list[str], list[str]]:
     """Withhold what contradicts itself, and say so: (values, standard errors, a kl_method each (K,),
     warnings).
 
-    pool: of MBAR; sweep: what was decided, (1 + B, K); single: log Z and m by the best single run of each strength. The errors of
+    pool: of MBAR; sweep: what was decided, (1 + B, K); single: log Z and m by the best single run of each strength; apart: its
+    `disagreements` with MBAR, (3, K). The errors of
     an integral come back with those of its quadrature and of its biased means.
     """
     s = np.array([n.strength for n in nodes])
     value, se = (Sweep(*(f(x) for x in sweep)) for f in (lambda x: x[0].copy(), bootstrap.se))
     methods = [n.method for n in nodes]
-    for x, factor in zip((se.log_z, se.kl, se.energy), shortfalls(nodes, samples, pool)):
-        x *= factor
+    for x, factor, off in zip((se.log_z, se.kl, se.energy), shortfalls(nodes, samples, pool), apart):
+        x[:] = np.hypot(x * factor, off)
     quadrature = quadrature_errors(s, value.energy, value.variance)
     for k in range(1, len(nodes)):
         if nodes[k].method == nodes[k - 1].method == "thermodynamic":
@@ -56,6 +58,7 @@ def audit(
             statistical, bias = float(se.kl[k]), node.strength * node.bias
             for x in (se.log_z, se.kl):
                 x[k] = np.sqrt(x[k] ** 2 + bias**2 + quadrature[k] ** 2)
+            se.energy[k] = np.hypot(se.energy[k], node.bias)
             reason = _flaw(methods[k - 1], quadrature[k], statistical, k, value, se, samples, node)
             if reason:
                 methods[k] = "bounds"

@@ -14,7 +14,7 @@ from tiltlens.estimates.audit import audit
 from tiltlens.estimates.bootstrap import replicate
 from tiltlens.estimates.bounds import Mean, Reach, least_kl, mean, objective
 from tiltlens.estimates.importance import tilt
-from tiltlens.estimates.integral import compose, shortfalls
+from tiltlens.estimates.integral import compose, disagreements, shortfalls
 from tiltlens.estimates.pool import Pool
 from tiltlens.estimates.samples import Samples
 from tiltlens.estimates.sweep import Sweep, decide, find_sources, measure
@@ -67,11 +67,12 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
     nodes = decide(sources, samples, found, bootstrap)
     composed, single = compose(nodes, found), found[:, 0]
     single = Sweep(single[:, 0], single[:, 0] + np.nan, single[:, 1], single[:, 2])
-    sweep, sweep_se, methods, said = audit(nodes, samples, sources.pool, composed, single, bootstrap)
+    apart = disagreements(nodes, found, samples, sources.pool, bootstrap)
+    sweep, sweep_se, methods, said = audit(nodes, samples, sources.pool, composed, single, apart, bootstrap)
     warnings += said
     at = [next(k for k, n in enumerate(nodes) if n.strength == run.strength) for run in samples]
     gap = cost + composed.log_z[:, at]
-    gap_se = bootstrap.se(gap) * shortfalls(nodes, samples, sources.pool)[0, at]
+    gap_se = np.hypot(bootstrap.se(gap) * shortfalls(nodes, samples, sources.pool)[0, at], apart[0, at])
     wider = _widened(reach, samples, sources.pool)
     lower_se = np.sqrt(bootstrap.se(lower) ** 2 + (wider**2 - 1) * bootstrap.se(log_z_l) ** 2)
 

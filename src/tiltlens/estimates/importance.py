@@ -47,6 +47,7 @@ LOG_Z_ROOT = 3.0  # times sqrt n: the trusted ESS that log Z asks for
 LINEAGE_ROOT = 2.5  # likewise the lineages of particles
 GROUPS_MIN = 4  # groups of particles from which their spread says anything
 KL_ROOT = 4.0  # and that m(s) and KL ask for
+LEVEL, LEVEL_LEAST = 0.8, 32.0  # of n, and in all: a trusted ESS that leaves no doubt
 CONTROL_FRACTION = 0.1  # of ESS / n; below, a few weights set beta, and its noise costs more than it saves
 CONTROL_MIN = 16  # samples: a regression on fewer is biased by about its own gain
 
@@ -100,6 +101,13 @@ def relative_variance(samples: Samples, strength: float, root: float) -> float:
         n, ess = len(log_w), trusted_ess(log_w)
         floor = min(root * np.sqrt(n), n / 2) if n >= GROUPS_MIN else np.inf
     return max(1 / ess - 1 / n, 0.0) if ess >= floor else np.nan
+
+
+def level(samples: Samples, strength: float) -> bool:
+    """Whether a run's weights for q_s are so level (LEVEL) that they hide no tail: near the optimal control. Not of particles:
+    resampling makes their weights level, whatever is missing."""
+    ess = trusted_ess(reweight(samples, strength))
+    return samples.groups is None and ess >= max(LEVEL * len(samples), LEVEL_LEAST)
 
 
 def rows_needed(samples: Samples, strength: float, root: float) -> float:

@@ -8,6 +8,9 @@ the corrected trapezium (cubic Hermite), with dm/ds = -Var.
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
+from tiltlens.estimates import mbar
+from tiltlens.estimates.bootstrap import Replicates
+from tiltlens.estimates.importance import KL_ROOT, LOG_Z_ROOT, level
 from tiltlens.estimates.pool import Pool
 from tiltlens.estimates.samples import Samples
 from tiltlens.estimates.sweep import MBAR, Node, Sweep
@@ -54,6 +57,38 @@ def shortfalls(nodes: list[Node], samples: list[Samples], pool: Pool | None) -> 
             elif source is not None and node.strength:
                 out[row, k] = of_run(samples[source], node.strength)
     return out
+
+
+def disagreements(
+    nodes: list[Node], found: np.ndarray, samples: list[Samples], pool: Pool | None, bootstrap: Replicates
+) -> np.ndarray:
+    """(3, K): how far MBAR is from the single run that was chosen for log_z, kl and m(s), as an error of the latter.
+
+    Weights that pass for healthy pass most often where the run missed its tail, and its bootstrap does not know; the draws of
+    the other runs do. Beyond two of MBAR's own errors where its draws are healthy; in full where they are not, and its error is
+    none. 0 where MBAR was chosen, where there is none, and of weights so `level` that no tail is missing.
+
+    found: `measure`d, (1 + B, 4, 3, K).
+    """
+    out = np.zeros((3, len(nodes)))
+    for k, node in enumerate(nodes):
+        if pool is None or not node.strength:
+            continue
+        joint = _terms(found[:, 2, :, k], node.strength)
+        for row, (source, i, root) in enumerate(
+            ((node.log_z, 1, LOG_Z_ROOT), (node.source, 0, KL_ROOT), (node.source, 0, KL_ROOT))
+        ):
+            if source in (None, MBAR) or level(samples[source], node.strength):
+                continue
+            single = _terms(found[:1, i, :, k], node.strength)[row]
+            known = 2 * float(bootstrap.se(joint[row])) if mbar.healthy(pool, node.strength, root) else 0.0
+            out[row, k] = max(abs(float(joint[row][0] - single[0])) - known, 0.0)
+    return np.nan_to_num(out, posinf=0.0)
+
+
+def _terms(found: np.ndarray, strength: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """log Z, KL and m of (B, 3): log Z, m, Var."""
+    return found[:, 0], -strength * found[:, 1] - found[:, 0], found[:, 1]
 
 
 def compose(nodes: list[Node], found: np.ndarray) -> Sweep:

@@ -13,7 +13,7 @@ from tiltlens.estimates.audit import audit
 from tiltlens.estimates.bootstrap import replicate
 from tiltlens.estimates.curve import merged
 from tiltlens.estimates.importance import reweight, tilt, trusted_ess
-from tiltlens.estimates.integral import compose, shortfalls
+from tiltlens.estimates.integral import compose, disagreements, shortfalls
 from tiltlens.estimates.sweep import MBAR, Sweep, decide, find_sources, measure
 from tiltlens.estimates.table import read_groups
 
@@ -65,9 +65,10 @@ def reweight_rows(unit: str, table: dict, pilot: dict | None, strengths: list[fl
     nodes = decide(sources, runs, found, bootstrap)
     single = Sweep(found[:, 0, 0], found[:, 0, 0] + np.nan, found[:, 0, 1], found[:, 0, 2])
     composed = compose(nodes, found)
-    value, se, methods, warnings = audit(nodes, runs, sources.pool, composed, single, bootstrap)
+    apart = disagreements(nodes, found, runs, sources.pool, bootstrap)
+    value, se, methods, warnings = audit(nodes, runs, sources.pool, composed, single, apart, bootstrap)
 
-    wider = shortfalls(nodes, runs, sources.pool)[2]
+    wider, energy_se = shortfalls(nodes, runs, sources.pool)[2], bootstrap.se(composed.energy)
     rows, kept = [], [k for k, node in enumerate(nodes) if node.strength in strengths]
     replicates = {"energy_mean": composed.energy, "kl": composed.kl, "log_z": composed.log_z}
     for k, node in enumerate(nodes):
@@ -82,9 +83,11 @@ def reweight_rows(unit: str, table: dict, pilot: dict | None, strengths: list[fl
         if node.source is not None:
             for name, _ in observed:
                 column = replicates[f"{name}_mean"][:, k]
+                # of the energy's disagreement as much as of its error: the same draws are missing from either mean
+                share = float(apart[2, k] / energy_se[k]) if apart[2, k] else 0.0
                 row |= {
                     f"{name}_mean": float(column[0]),
-                    f"{name}_se": float(bootstrap.se(column)) * float(wider[k]),
+                    f"{name}_se": float(bootstrap.se(column) * np.hypot(wider[k], share)),
                 }
             row |= {"energy_mean": float(value.energy[k]), "energy_se": float(se.energy[k])}
         for name in ("kl", "log_z"):

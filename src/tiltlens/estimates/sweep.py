@@ -7,12 +7,13 @@
 - exact: s = 0.
 - mbar: all strengths whose weights are healthy and the samples of p, together (see `mbar`), where enough draws
   count at s.
-- importance, reweighted-prior, reweighted-neighbour: one run alone (the guided run at s; unguided samples; a
-  run at another strength, see `importance.reweight`), where its weights for q_s are healthy enough for KL. Of
+- importance, reweighted-prior, reweighted-neighbour: one run alone (the guided run at s; unguided samples; a run at
+  another strength, see `importance.reweight`, if its weights are `level` or there is nothing to pool), where its weights for q_s are healthy enough for KL. Of
   several, the one with the smallest variance of log Z^, 1/ESS - 1/n by trusted ESS. One run stands before MBAR
   only where its error of KL is clearly the smaller (CLEARLY): near the optimal control its control variate
   knows more than any overlap of strengths. Among equals a choice by the smaller error chooses the luckier
-  sample, and covers too rarely.
+  sample, and covers too rarely. What one run cannot know of its own missing tail the others may: by how much MBAR
+  disagrees with it enters its error (`integral.disagreements`).
 - thermodynamic: the strength below is known and the guided mean may stand in for m(s). log Z is carried on
   by the corrected trapezium (cubic Hermite), int_a^b m = h (m_a + m_b)/2 + h^2 (Var_b - Var_a)/12. A guided
   mean is *biased* (q' is not q_s): it stands in only if at the last known strength s_T it was measured right
@@ -94,10 +95,13 @@ def find_sources(samples: list[Samples], strengths: Sequence[float] | None = Non
     asked = [run.strength for run in samples] if strengths is None else strengths
     strengths = np.array(sorted({0.0, *asked}))
     pool = pool_draws(samples)
-    best = [[best_source(samples, s, root) for s in strengths] for root in (KL_ROOT, LOG_Z_ROOT)]
+    pool = pool if pool is not None and len(pool) > 1 else None
+    best = [
+        [best_source(samples, s, root, pool is not None) for s in strengths] for root in (KL_ROOT, LOG_Z_ROOT)
+    ]
     if samples[0].strength == 0:
         best[0][0] = 0
-    return Sources(strengths, *best, pool if pool is not None and len(pool) > 1 else None)
+    return Sources(strengths, *best, pool)
 
 
 def measure(sources: Sources, samples: list[Samples], counts: list[np.ndarray]) -> np.ndarray:

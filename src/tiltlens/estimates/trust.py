@@ -9,7 +9,7 @@ import numpy as np
 
 from tiltlens.estimates import mbar
 from tiltlens.estimates.bounds import log_z_floor
-from tiltlens.estimates.importance import LOG_Z_ROOT, relative_variance, tilt
+from tiltlens.estimates.importance import LOG_Z_ROOT, level, relative_variance, tilt
 from tiltlens.estimates.pool import Pool
 from tiltlens.estimates.samples import Samples
 
@@ -35,10 +35,18 @@ def refuted(log_z: float, se: float, floor: tuple[float, float]) -> bool:
     return log_z + SIGNIFICANT * np.hypot(se, floor[1]) + 1e-9 * (1 + abs(floor[0])) < floor[0]
 
 
-def best_source(samples: list[Samples], strength: float, root: float) -> int | None:
-    """The run whose weights for q_s give log Z best, among the healthy and not refuted; None without any."""
+def best_source(samples: list[Samples], strength: float, root: float, pooled: bool) -> int | None:
+    """The run whose weights for q_s give log Z best, among the healthy and not refuted; None without any.
+
+    pooled: runs are known together, too (MBAR); then that at s, the unguided one and those whose weights are `level` speak
+    alone. Any other, read beyond its own strength, passes for healthy most often where it missed the tail.
+    """
     floor = log_z_floor(samples, strength)
-    variance = [trusted(run, strength, root, floor)[1] for run in samples]
+    may = [
+        not pooled or run.strength in (0.0, strength) or (run.log_w is not None and level(run, strength))
+        for run in samples
+    ]
+    variance = [trusted(run, strength, root, floor)[1] if m else np.nan for run, m in zip(samples, may)]
     return int(np.nanargmin(variance)) if np.isfinite(variance).any() else None
 
 
