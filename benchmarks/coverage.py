@@ -10,7 +10,9 @@ on seed 0, so that any other is out of sample. A run is what a user would have: 
 
 - importance: Calibrated guidance, each strength alone.
 - particles: the same guidance and rows in groups of 16, each strength alone.
-- mbar: the rows of importance, all strengths and the unguided ones together.
+- mbar: the rows of importance, all strengths and the unguided ones together, where MBAR is what is given.
+- sweep, particle sweep: these rows, and those of particles with the unguided ones, by whichever method the report chooses for a
+  strength (--sweeps: these alone, in a tenth of the time; --samples 32 for a run of few rows).
 - noise space: half as many annealed walks, gradient-free, read on their way up at the rungs nearest to the strengths.
 
 valid: the share of runs that give a number at all. covers: of those, the share whose interval, estimate +- t se with
@@ -146,17 +148,27 @@ class Runs:
     def methods(self) -> dict[str, list[list[dict]]]:
         """method -> run -> the tables that are estimated one by one."""
         free = self.rows(Independent(), [0.0], "unguided")
-        alone = self.rows(Independent(), self.strengths, "importance")
+        alone = self.rows(Independent(), self.strengths, "guided")
         particles = self.rows(Particles(GROUP), self.strengths, "particles")
+        sweeps = {"mbar": joined(free, alone), "particle sweep": joined(free, particles)}
+        if self.asked.sweeps:
+            return sweeps
         walks = self.walks()
-        joined = [[{k: np.concatenate([f[k], t[k]]) for k in f}] for f, t in zip(free, alone)]
         apart = lambda tables: [[at(t, s) for s in self.strengths] for t in tables]  # noqa: E731
         return {
             "importance": apart(alone),
             "particles": apart(particles),
-            "mbar": joined,
+            **sweeps,
             "noise space": walks,
         }
+
+
+def joined(free: list[dict], guided: list[dict]) -> list[list[dict[str, np.ndarray]]]:
+    """One table a run, of unguided rows and guided ones; what unguided rows do not have is NaN there."""
+    blank = lambda f, v: np.full(len(f["strength"]), np.nan)  # noqa: E731
+    return [
+        [{k: np.concatenate([f.get(k, blank(f, v)), v]) for k, v in t.items()}] for f, t in zip(free, guided)
+    ]
 
 
 def at(table: dict[str, np.ndarray], strength: float) -> dict[str, np.ndarray]:
@@ -274,6 +286,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of mixtures and noise")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--sweeps", action="store_true", help="whole sweeps alone")
     parser.add_argument("--quick", action="store_true", help="does it run: one dimension, few runs")
     asked = parser.parse_args()
     if asked.quick:
@@ -287,11 +300,16 @@ def main() -> None:
                 runs = Runs(dimension, number, min(TOGETHER, asked.runs - first), asked)
                 pilots = runs.pilots()
                 for method, tables in runs.methods().items():
-                    jobs = [(t, pilot if method == "mbar" else None) for t, pilot in zip(tables, pilots)]
+                    jobs = [
+                        (t, pilot if method in ("mbar", "particle sweep") else None)
+                        for t, pilot in zip(tables, pilots)
+                    ]
                     found = list(workers.map(estimate, jobs))
                     strengths = runs.walked if method == "noise space" else runs.strengths
                     for k, (nats, s) in enumerate(zip(NATS, strengths)):
                         figures[dimension, method, nats] += judge(found, k, runs.truth(s), method)
+                        if method == "mbar":  # and all that a report of this sweep gives, by whichever method
+                            figures[dimension, "sweep", nats] += judge(found, k, runs.truth(s), "sweep")
                 tell(f"{runs.what}: {time.perf_counter() - start:.0f} s", end="\n")
             keep(asked, figures, min(first + TOGETHER, asked.runs))
     print(f"{asked.runs} runs of {asked.samples} rows a strength, {asked.steps} steps, seed {asked.seed}; {(time.perf_counter() - start) / 60:.1f} minutes"

@@ -8,6 +8,7 @@ import torch
 from test_estimates_oracle import CONTROLS, STEPS, V, linear, optimal, pilot_of, run, target
 
 from tiltlens import GaussianMixture, Linear, Projection, tilt
+from tiltlens.energies import Target, Threshold
 from tiltlens.estimates import estimate_curve
 from tiltlens.estimates.dual import _of_sampled, _sampled, certify, tidy
 from tiltlens.estimates.importance import KL_ROOT, relative_variance, rows_needed
@@ -125,11 +126,11 @@ def test_two_strengths_side_by_side_are_no_end_of_reach():
     rows[-2]["activation_mean"] = 2.2
     sampled = [(r["strength"], r["activation_mean"], 0.1) for r in rows]
     by_strength = {r["strength"]: r for r in rows}
-    found = _of_sampled("activation", 4.0, sampled, by_strength, (0.0, 2.2))
+    found = _of_sampled("activation", 4.0, 0.0, sampled, by_strength, (0.0, 2.2))
     assert (found.status, len(found.propose)) == ("open", 1)
     assert found.propose[0] > 2.2
     flat = [(s, min(value, 1.1), se) for s, value, se in sampled]
-    assert _of_sampled("activation", 4.0, flat, by_strength, (0.0, 1.1)).status == "infeasible"
+    assert _of_sampled("activation", 4.0, 0.0, flat, by_strength, (0.0, 1.1)).status == "infeasible"
 
 
 def test_order_and_a_constant_in_the_energy_do_not_matter():
@@ -264,7 +265,7 @@ PRIOR = ([0.6, 0.4], [[-1.0, 0.5], [1.0, 0.0]], [0.4, 0.3])
 def test_tilt_solves_for_each_unit_and_goes_on_where_it_stopped(tmp_path):
     prior, units = GaussianMixture(*PRIOR), [[1.0, -0.5], [0.0, 1.0]]
     settings = {
-        "n": 64, "energy": Linear(standardise=False), "guidance": Exact(), "steps": 80, "spacing": "index", "pilot": 256,
+        "n": 128, "energy": Linear(standardise=False), "guidance": Exact(), "steps": 80, "spacing": "index", "pilot": 256,
         "batch_size": 512, "out": tmp_path / "run", "accelerator": "cpu",
     }  # fmt: skip
     result = tilt(prior, [Projection(u) for u in units], constraint="z=2", **settings)
@@ -282,6 +283,24 @@ def test_tilt_solves_for_each_unit_and_goes_on_where_it_stopped(tmp_path):
     again = tilt(prior, [Projection(u) for u in units], constraint="z=2", **settings)
     assert again.constraint == result.constraint
     assert again.folder.read_manifest()["timings"]["rows_sampled"] == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "energy"),
+    [("z=100", Threshold("z=1")), ("kl=8", Threshold("z=1")), ("z=2", Target(-3.0, 1.0, False))],
+    ids=["above a threshold", "more nats than a threshold costs", "away from where the energy pushes"],
+)
+def test_beyond_what_an_energy_asks_for_is_infeasible_however_healthy_its_weights(asked, energy):
+    prior = GaussianMixture([0.7, 0.3], [[-1.0, 0.0], [2.0, 1.0]], [0.5, 0.25])
+    settings = {"n": 64, "guidance": Exact(), "steps": 20, "spacing": "index", "pilot": 64, "accelerator": "cpu"}
+    result = tilt(
+        prior, Projection([1.0, 0.5]), constraint=asked, energy=energy, batch_size=512, **settings
+    )
+    (entry,) = result.constraint.values()
+    assert entry["status"] == "infeasible", entry["text"]
+    low, high = entry["reach"]
+    assert low < high < entry["target"]
+    assert len(result.curve) < BUDGET
 
 
 ANALYTIC = [
@@ -334,8 +353,8 @@ def test_what_natural_samples_reach_is_within_reach_however_flat_the_means():
     ]  # fmt: skip
     sampled = [(r["strength"], r["activation_mean"], 0.01) for r in rows]
     by_strength = {r["strength"]: r for r in rows}
-    flat = _of_sampled("activation", 4.2, sampled, by_strength, (0.0, 4.0))
-    seen = _of_sampled("activation", 4.2, sampled, by_strength, (0.0, 4.0), seen=True)
+    flat = _of_sampled("activation", 4.2, 0.0, sampled, by_strength, (0.0, 4.0))
+    seen = _of_sampled("activation", 4.2, 0.0, sampled, by_strength, (0.0, 4.0), seen=True)
     assert (flat.status, seen.status, seen.propose) == ("infeasible", "open", (16.0,))
 
 
@@ -343,7 +362,7 @@ def test_a_value_with_a_large_error_is_not_met():
     rows = [
         {"strength": 1.0, "activation_mean": 1.1, "activation_se": 0.6, "kl": None, "kl_se": None, "kl_lower": 1.0, "path_kl": 2.0}
     ]  # fmt: skip
-    found = _of_sampled("activation", 1.0, [(1.0, 1.1, 0.6)], {1.0: rows[0]}, (0.0, 1.1))
+    found = _of_sampled("activation", 1.0, 0.0, [(1.0, 1.1, 0.6)], {1.0: rows[0]}, (0.0, 1.1))
     assert (found.status, found.propose) == ("open", ())
     assert found.enlarge == pytest.approx(16.0)
     plan = ConstraintPlan(Asked.parse("z=1"), 8, 0, 8)
@@ -364,7 +383,7 @@ def test_a_value_that_is_near_but_off_by_more_than_its_error_is_refined_while_th
     """A saturated unit: 1 % of the way is as good as met, and the error is smaller still."""
     rows = saturated((4.0, 3.5), (8.0, 4.008))
     sampled = [(r["strength"], r["activation_mean"], r["activation_se"]) for r in rows]
-    found = _of_sampled("activation", 4.0, sampled, {r["strength"]: r for r in rows}, (0.0, 4.008))
+    found = _of_sampled("activation", 4.0, 0.0, sampled, {r["strength"]: r for r in rows}, (0.0, 4.008))
     assert found.status == "reached"
     assert found.propose == (pytest.approx(4 + 4 * 0.5 / 0.508, abs=0.01),)
     plan = ConstraintPlan(Asked.parse("z=1"), 8, 0, 8)
@@ -374,14 +393,14 @@ def test_a_value_that_is_near_but_off_by_more_than_its_error_is_refined_while_th
     plan.of[0] = {float(k): 1 for k in range(BUDGET)}
     assert not plan.grow([found._asdict()])
     near = [(s, m, 0.1) for s, m, _ in sampled]
-    assert _of_sampled("activation", 4.0, near, {r["strength"]: r for r in rows}, (0.0, 4.008)).propose == ()
+    assert _of_sampled("activation", 4.0, 0.0, near, {r["strength"]: r for r in rows}, (0.0, 4.008)).propose == ()
 
 
 def test_a_value_that_is_near_from_below_at_every_strength_asks_for_a_greater_one():
     """No two strengths bracket the target of a unit that saturates: the last one's slope says how far on."""
     rows = saturated((4.0, 3.93), (8.0, 3.97))
     sampled = [(r["strength"], r["activation_mean"], r["activation_se"]) for r in rows]
-    found = _of_sampled("activation", 4.0, sampled, {r["strength"]: r for r in rows}, (0.0, 3.97))
+    found = _of_sampled("activation", 4.0, 0.0, sampled, {r["strength"]: r for r in rows}, (0.0, 3.97))
     assert (found.status, found.propose) == ("reached", (pytest.approx(8 + 0.03 / 0.01),))
 
 
@@ -392,11 +411,11 @@ def test_a_value_without_an_error_is_not_met_until_there_are_more_groups():
         for s, m in ((1.0, 0.5), (2.0, 1.02))
     ]  # fmt: skip
     found = _of_sampled(
-        "activation", 1.0, _sampled("activation", rows), {r["strength"]: r for r in rows}, (0.0, 1.02)
+        "activation", 1.0, 0.0, _sampled("activation", rows), {r["strength"]: r for r in rows}, (0.0, 1.02)
     )
     assert (found.status, found.value_se, found.propose, found.enlarge) == ("open", None, (), 4.0)
     far = _of_sampled(
-        "activation", 1.5, _sampled("activation", rows), {r["strength"]: r for r in rows}, (0.0, 1.02)
+        "activation", 1.5, 0.0, _sampled("activation", rows), {r["strength"]: r for r in rows}, (0.0, 1.02)
     )
     assert (far.status, far.enlarge) == ("open", 1.0)
     assert len(far.propose) == 1

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tiltlens import report
 from tiltlens.report import answers
-from tiltlens.report.digits import number, plus_minus
+from tiltlens.report.digits import plus_minus
 from tiltlens.report.findings import certificate, learned
 from tiltlens.report.image_grid import dealt
 from tiltlens.run_folder import RunFolder, image_name, unit_slug

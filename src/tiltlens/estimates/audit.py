@@ -43,7 +43,8 @@ def audit(
     s = np.array([n.strength for n in nodes])
     value, se = (Sweep(*(f(x) for x in sweep)) for f in (lambda x: x[0].copy(), bootstrap.se))
     methods = [n.method for n in nodes]
-    for x, factor, off in zip((se.log_z, se.kl, se.energy), shortfalls(nodes, samples, pool), apart):
+    wider = shortfalls(nodes, samples, pool)
+    for x, factor, off in zip((se.log_z, se.kl, se.energy), wider, apart):
         x[:] = np.hypot(x * factor, off)
     quadrature = quadrature_errors(s, value.energy, value.variance)
     for k in range(1, len(nodes)):
@@ -70,14 +71,18 @@ def audit(
                 )
         if methods[k] == "bounds":
             value.kl[k] = se.kl[k] = np.nan
-            least = f"; KL(q_s||p) is at least {last:.3g} nats, the most at a smaller strength" if last > 0 else ""
+            least = (
+                f"; KL(q_s||p) is at least {last:.3g} nats, the most at a smaller strength"
+                if last > 0
+                else ""
+            )
             warnings.append(
                 f"{at} no kl, only bounds: {reason}{least}{'' if np.isfinite(value.log_z[k]) else '; no log_z and no gap either'}."
                 f"{remedy if reason == COLLAPSED else ''}"
             )
             continue
         last = max(last, float(value.kl[k]))
-    return value, se, methods, warnings + _contradictions(s, sweep, single, bootstrap)
+    return value, se, methods, warnings + _contradictions(s, sweep, single, wider.max(0), apart[0], bootstrap)
 
 
 def _too_few(strength: float, samples: list[Samples]) -> str | None:
@@ -92,8 +97,15 @@ def _too_few(strength: float, samples: list[Samples]) -> str | None:
     )
 
 
-def _contradictions(s: np.ndarray, sweep: Sweep, single: Sweep, bootstrap: Replicates) -> list[str]:
-    """Where m(s) rises, log Z is not convex, or log Z is not the integral of -m(s), beyond errors."""
+def _contradictions(
+    s: np.ndarray, sweep: Sweep, single: Sweep, wider: np.ndarray, apart: np.ndarray, bootstrap: Replicates
+) -> list[str]:
+    """Where m(s) rises, log Z is not convex, or log Z is not the integral of -m(s), beyond errors.
+
+    wider, apart: (K,) by how much the bootstrap's errors fall short, and what log Z's error has besides.
+    """
+    wider = np.maximum(wider[1:], wider[:-1])
+    apart = np.hypot(apart[1:], apart[:-1])
     quadrature = quadrature_errors(s, single.energy[0], single.variance[0])
     rise, step = np.diff(single.energy), np.diff(sweep.log_z)
     h, m = np.diff(s), single.energy
@@ -128,7 +140,7 @@ def _contradictions(s: np.ndarray, sweep: Sweep, single: Sweep, bootstrap: Repli
     for value, slack, one_sided, text in checks:
         off = value[0] if one_sided else abs(value[0])
         with np.errstate(invalid="ignore"):
-            wrong = off > SIGNIFICANT * bootstrap.se(value) + slack
+            wrong = off > SIGNIFICANT * np.hypot(wider * bootstrap.se(value), apart) + slack
         found += [(k + 1, text.format(value[0, k])) for k in np.flatnonzero(wrong)]
     return [f"strength {s[k]:g}: {text}" for k, text in sorted(found)]
 

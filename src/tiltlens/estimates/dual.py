@@ -40,7 +40,7 @@ class Certificate(NamedTuple):
     status: reached (within one standard error, of at most SHARP of the way from natural), natural (p meets it already: s = 0), infeasible, open (more samples are
     needed), lost (rows were sampled above strength 0, and none of them is finite). law: of which the certificate speaks, "q_s" or "sampled". strength: s*, sampled; solution: where the curve
     meets the target. value, value_se: reached there. kl, kl_se: KL(q_s*||p); kl_least: of any law with this mean activation, for
-    kind "kl" with this mean energy; kl_most: path_kl, of the sampled law. reach: (natural value, the most that was certified or sampled). propose: strengths to sample next.
+    kind "kl" with this mean energy; kl_most: path_kl, of the sampled law. reach: (least, most) that is natural, certified or sampled. propose: strengths to sample next.
     Where it is reached by NEAR alone, off by more than its small error, a closer one.
     enlarge: how many times as many rows at `strength` would make the error small enough or, where it is, let q_s* be certified; 1
     where nothing is wanting, or where no number would do.
@@ -83,7 +83,8 @@ def certify(kind: str, target: float, table: dict, pilot: dict | None, rows: lis
     sampled, known = _sampled(kind, rows), _known(curve, by_strength)
     certified = float(curve(np.array([curve.top]))[0][0]) if curve.top else natural
     ends = [certified, *(v for _, v, _ in known)]
-    reach = (natural, max([*ends, *(v for _, v, _ in sampled)]))
+    seen = [natural, *ends, *(v for _, v, _ in sampled)]
+    reach = (min(seen), max(seen))
     if target <= natural:
         se = curve.mean(0.0)[1] if kind == "activation" else 0.0
         return Certificate("natural", "q_s", target, 0.0, 0.0, natural, se, 0.0, 0.0, 0.0, None, reach)
@@ -107,7 +108,9 @@ def certify(kind: str, target: float, table: dict, pilot: dict | None, rows: lis
             met, "q_s", target, s, solution, value, se, kl, kl_se, least, None, reach, more, wider
         )
     most = max(float(g.activation.max()) for g in groups if not g.samples.strength)
-    found = _of_sampled(kind, target, sampled, by_strength, reach, kind == "activation" and target <= most)
+    found = _of_sampled(
+        kind, target, natural, sampled, by_strength, reach, kind == "activation" and target <= most
+    )
     if kind == "activation" and not curve.linear and found.value is not None:
         found = found._replace(kl_least=curve.least_kl(found.value))
     if found.status == "lost":
@@ -117,10 +120,17 @@ def certify(kind: str, target: float, table: dict, pilot: dict | None, rows: lis
         needed = MARGIN * rows_needed(run, run.strength, KL_ROOT)
         return found._replace(enlarge=float(needed)) if np.isfinite(needed) else found
     top = max([curve.top, *(s for s, _, _ in known)])
-    if top and not any(top < s <= BEYOND**2 * top for s, _, _ in sampled):
+    ended = found.status == "infeasible" and _ended(curve, target)
+    if top and not ended and not any(top < s <= BEYOND**2 * top for s, _, _ in sampled):
         more = (tidy(BEYOND * top, by_strength), *found.propose)
         found = found._replace(status="open", propose=tuple(dict.fromkeys(more)))
     return found
+
+
+def _ended(curve: Curve, target: float) -> bool:
+    """Whether q_s itself has come to its end where its trust ends: three more doublings of the strength would not do."""
+    low, high = curve(np.array([curve.top / APART, curve.top]))[0]
+    return bool(high + 3 * max(high - low, 0.0) < target)
 
 
 def _known(curve: Curve, by_strength: dict[float, dict]) -> list[tuple[float, float, float]]:
@@ -158,7 +168,13 @@ def _sampled(kind: str, rows: list[dict]) -> list[tuple[float, float, float]]:
 
 
 def _of_sampled(
-    kind: str, target: float, sampled: list, by_strength: dict, reach: tuple[float, float], seen: bool = False
+    kind: str,
+    target: float,
+    natural: float,
+    sampled: list,
+    by_strength: dict,
+    reach: tuple[float, float],
+    seen: bool = False,
 ) -> Certificate:
     """The certificate of the sampled law: the strength whose mean is nearest, or the next one to try. seen: whether there are
     natural activations above the target, which is then within reach, however flat the means on the way."""
@@ -173,19 +189,19 @@ def _of_sampled(
         "kl_least": row["kl_lower"],
         "kl_most": row["path_kl"], "reach": reach,
     }  # fmt: skip
-    good, wider = meets(value[k], se[k], target, reach[0])
+    good, wider = meets(value[k], se[k], target, natural)
     if not np.isfinite(se[k]):  # of one group: more of them first, where it is near
-        good, wider = abs(value[k] - target) <= SHARP * (target - reach[0]), float(GROUPS_MIN)
+        good, wider = abs(value[k] - target) <= SHARP * (target - natural), float(GROUPS_MIN)
     if good:
         status = "reached" if wider == 1 else "open"
         closer = None
         if (
             abs(value[k] - target) > se[k]
         ):  # by NEAR alone; a unit that saturates may lie below it at every strength
-            closer = _between(kind, target, reach[0], sampled) or _beyond(kind, target, reach[0], s, value)
+            closer = _between(kind, target, natural, sampled) or _beyond(kind, target, natural, s, value)
         told |= {"propose": (tidy(closer, by_strength),) if closer is not None else ()}
         return Certificate(status, "sampled", target, solution=float(s[k]), enlarge=wider, **told)
-    solution = _between(kind, target, reach[0], sampled)
+    solution = _between(kind, target, natural, sampled)
     if solution is not None:
         told |= {"solution": solution, "propose": (tidy(solution, by_strength),)}
         return Certificate("open", "sampled", target, **told)
@@ -197,7 +213,7 @@ def _of_sampled(
         not seen and len(s) > 3 and gain < error and gain + error < target - value[-1]
     ):  # as much again would not do
         return Certificate("infeasible", "sampled", target, **told)
-    more = _beyond(kind, target, reach[0], s, value)
+    more = _beyond(kind, target, natural, s, value)
     return Certificate("open", "sampled", target, propose=(tidy(more, by_strength),), **told)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from tiltlens.estimates import mbar
 from tiltlens.estimates.bootstrap import replicate
 from tiltlens.estimates.bounds import log_z_floor
-from tiltlens.estimates.importance import KL_ROOT, relative_variance, tilt
+from tiltlens.estimates.importance import KL_ROOT, level, relative_variance, tilt
 from tiltlens.estimates.pool import Pool
 from tiltlens.estimates.samples import Samples
 from tiltlens.estimates.sweep import CLEARLY
@@ -86,6 +86,9 @@ class Curve:
         wider = [of_pool(self.pool, s, self.runs)]
         wider.append(wider[0] if k is None else of_run(self.runs[k], s))
         se = found.se() * np.array(wider)
+        if k is not None and not level(self.runs[k], s):  # see `integral.disagreements`
+            known = 2 * se[0] if s <= self.top else 0.0
+            se[1] = np.hypot(se[1], max(abs(found.values[0, 1] - found.values[0, 0]) - known, 0.0))
         best = int(k is not None and (s > self.top or se[1] < CLEARLY * se[0]))
         return float(found.values[0, best]), float(se[best])
 
