@@ -292,10 +292,15 @@ def test_tilt_solves_for_each_unit_and_goes_on_where_it_stopped(tmp_path):
 )
 def test_beyond_what_an_energy_asks_for_is_infeasible_however_healthy_its_weights(asked, energy):
     prior = GaussianMixture([0.7, 0.3], [[-1.0, 0.0], [2.0, 1.0]], [0.5, 0.25])
-    settings = {"n": 64, "guidance": Exact(), "steps": 20, "spacing": "index", "pilot": 64, "accelerator": "cpu"}
-    result = tilt(
-        prior, Projection([1.0, 0.5]), constraint=asked, energy=energy, batch_size=512, **settings
-    )
+    settings = {
+        "n": 64,
+        "guidance": Exact(),
+        "steps": 20,
+        "spacing": "index",
+        "pilot": 64,
+        "accelerator": "cpu",
+    }
+    result = tilt(prior, Projection([1.0, 0.5]), constraint=asked, energy=energy, batch_size=512, **settings)
     (entry,) = result.constraint.values()
     assert entry["status"] == "infeasible", entry["text"]
     low, high = entry["reach"]
@@ -393,7 +398,10 @@ def test_a_value_that_is_near_but_off_by_more_than_its_error_is_refined_while_th
     plan.of[0] = {float(k): 1 for k in range(BUDGET)}
     assert not plan.grow([found._asdict()])
     near = [(s, m, 0.1) for s, m, _ in sampled]
-    assert _of_sampled("activation", 4.0, 0.0, near, {r["strength"]: r for r in rows}, (0.0, 4.008)).propose == ()
+    assert (
+        _of_sampled("activation", 4.0, 0.0, near, {r["strength"]: r for r in rows}, (0.0, 4.008)).propose
+        == ()
+    )
 
 
 def test_a_value_that_is_near_from_below_at_every_strength_asks_for_a_greater_one():

@@ -164,6 +164,23 @@ def test_a_second_call_samples_nothing_and_a_larger_plan_the_rest(whole, prior):
     assert len(grown.read_summary()["rows"]) == 3
 
 
+def test_the_manifest_goes_on_saying_what_made_the_rows(prior, tmp_path):
+    folder = pixels(prior, tmp_path, "[0,1]")
+    old = folder.read_manifest()
+    assert [s["rows"] for s in old["sessions"]] == [len(folder.done())]
+    past = {"versions": old["versions"] | {"torch": "1.0"}, "git_revision": "9f" * 20}
+    folder.write_manifest(past | {"started": "then", "sessions": [old["sessions"][0] | past]})
+    again = pixels(prior, tmp_path, "[0,1]").read_manifest()  # samples nothing
+    assert {k: again[k] for k in (*past, "started")} == past | {"started": "then"}
+    assert len(again["sessions"]) == 1
+    grown = pixels(prior, tmp_path, "[0,1]", "--data.n=5")
+    new = grown.read_manifest()
+    assert [s["versions"]["torch"] for s in new["sessions"]] == ["1.0", old["versions"]["torch"]]
+    assert new["versions"] == old["versions"]
+    (told,) = [line for line in grown.read_summary()["warnings"] if "different versions" in line]
+    assert f"torch 1.0 and {old['versions']['torch']}" in told
+
+
 def test_the_folder_is_whole(tmp_path):
     main([*MIXTURE, f"--out={tmp_path}"])
     manifest, summary = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("manifest", "summary"))

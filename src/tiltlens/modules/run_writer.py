@@ -25,6 +25,7 @@ from tiltlens.sampling.sampler import Samples
 
 STEP_SEEDS = 64  # seeds of each (unit, strength) whose single steps are kept: enough for a mean, and no flood; of groups,
 # the first rows of so many besides
+MADE_BY = ("versions", "git_revision")  # what made the rows, and not what they are
 
 
 class RunFolderWriter(Callback):
@@ -77,9 +78,17 @@ class RunFolderWriter(Callback):
         self._claimed = True
         if self.config:
             self.folder.write_config(self.config)
-        self.folder.write_manifest(
-            {**provenance(module), "plan": plan, "state": "running", "started": _now()}
-        )
+        source = provenance(module)
+        if self.whole:  # nothing will be sampled: the manifest goes on saying what made the rows
+            source = {k: v for k, v in source.items() if k not in MADE_BY}
+        else:
+            mine = {"started": _now(), **{k: source[k] for k in MADE_BY}}
+            source |= {"started": mine["started"], "sessions": [*self._sessions(), mine]}
+        self.folder.write_manifest(source | {"plan": plan, "state": "running"})
+
+    def _sessions(self) -> list[dict]:
+        """The calls that had rows of this folder to sample, in order."""
+        return self.folder.read_manifest().get("sessions", [])
 
     def _is_whole(self, module: SamplingModule, data: Any) -> bool:
         index = {u.name: i for i, u in enumerate(module.units)}
@@ -184,6 +193,11 @@ class RunFolderWriter(Callback):
         done = self.folder.done()
         names = [u.name for u in module.units]
         missing = [r for r in data.rows() if (names[r.unit], r.strength, r.seed) not in done]
+        sessions = self._sessions()
+        if not self.whole:
+            sessions[-1] |= {"finished": _now(), "seconds": time.time() - self._began, "rows": len(done)}
+        if (note := _mixed(sessions)) and note not in module.notes:
+            module.notes = [*module.notes, note]
         estimate_run(self.folder, module, data)
         told = [
             {**d, "unit": module.units[d["unit"]].name}
@@ -192,7 +206,7 @@ class RunFolderWriter(Callback):
         learned = dict(zip(names, module.sampler.guidance.outcome()))
         self.folder.write_manifest({
             **({"diagnostics": told} if told else {}), **({"learned": learned} if learned else {}),
-            "state": "incomplete" if missing else "complete", "finished": _now(),
+            "state": "incomplete" if missing else "complete", "finished": _now(), "sessions": sessions,
             "timings": {
                 "seconds": time.time() - self._began, "pilot_seconds": module.pilot_seconds,
                 "rows_reused": self.reused, "rows_sampled": len(data.rows()) - self.reused,
@@ -204,6 +218,20 @@ class RunFolderWriter(Callback):
             raise RuntimeError(
                 f"{len(missing)} rows of the plan are missing from {self.folder.path}; run the same command again"
             )
+
+
+def _mixed(sessions: list[dict]) -> str | None:
+    """What to say of rows that are not all of one revision and one set of packages."""
+    differing = [
+        f"{name} {' and '.join(dict.fromkeys(map(str, told)))}"
+        for name in ("git_revision", *dict.fromkeys(k for s in sessions for k in s["versions"]))
+        if len(set(told := [s["versions"].get(name, s.get(name)) for s in sessions])) > 1
+    ]
+    return (
+        f"the rows were sampled by different versions ({', '.join(differing)}): see sessions in manifest.json"
+        if differing
+        else None
+    )
 
 
 def _number(x: torch.Tensor) -> float | None:
