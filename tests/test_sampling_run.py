@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +16,13 @@ from prior_folders import write_pixel
 
 from tiltlens import GaussianMixture, Projection
 from tiltlens.batches import ROWS_ON_CPU, in_equal_batches, network_rows
+from tiltlens.modules.command_line import run
 from tiltlens.modules.progress import SamplingProgress
 from tiltlens.modules.run_stores import PILOT, PilotStore
 from tiltlens.modules.sampling_cli import main
 from tiltlens.modules.sampling_module import SamplingModule
 from tiltlens.run_folder import RunFolder
+from tiltlens.sampling.sampler import Sampler
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "sample"
 COMMON = ["--trainer.accelerator=cpu", "--trainer.logger=false"]
@@ -337,3 +341,33 @@ def test_two_processes_sample_what_one_does(prior, tmp_path):
         [sys.executable, "sample.py", *args, *two], cwd=CONFIGS.parent.parent, check=True, timeout=300
     )
     same(RunFolder(tmp_path / "one"), RunFolder(tmp_path / "two"))
+
+
+def test_sigterm_ends_a_run_between_two_steps_and_the_same_command_goes_on(tmp_path, capsys, monkeypatch):
+    """What `kill`, `timeout` and a cluster send. Lightning notes it and lets a prediction go on to its end."""
+    sample, calls, handlers = (
+        Sampler.sample,
+        [],
+        {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)},
+    )
+
+    def told(self, rows, progress=None):
+        calls.append(rows)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return sample(self, rows, progress)
+
+    args = [*MIXTURE, "--data.batch_size=3", f"--out={tmp_path}"]
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Sampler, "sample", told)
+            with pytest.raises(SystemExit) as stop:
+                run(lambda: main(args))
+    finally:
+        for which, handler in handlers.items():
+            signal.signal(which, handler)
+    assert stop.value.code == 143
+    assert "the same command goes on" in capsys.readouterr().err
+    assert len(RunFolder(tmp_path).done()) == 3
+    main(args)
+    assert RunFolder(tmp_path).read_manifest()["state"] == "complete"

@@ -1,4 +1,4 @@
-"""A progress bar on rows and steps, with the time left."""
+"""A progress bar on rows and steps, with the time left; and between two steps the place where a run can be ended."""
 
 import sys
 import time
@@ -25,9 +25,11 @@ class SamplingProgress(Callback):
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
+        self._trainer: Trainer | None = None
         self._phase = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._trainer = trainer
         if trainer.is_global_zero:
             pl_module.progress = self.report
 
@@ -42,6 +44,8 @@ class SamplingProgress(Callback):
 
     def report(self, phase: str, done: int, total: int) -> None:
         """done of total steps: of the pilot, of what is learned from it, or of the batch at hand."""
+        if self._trainer and self._trainer.received_sigterm:  # Lightning notes it, and its predict loop never looks
+            raise KeyboardInterrupt
         if phase in ("pilot", "learning"):
             self._show(phase, f"step {done} of {total}", done, total)
             return

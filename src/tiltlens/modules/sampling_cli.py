@@ -1,6 +1,7 @@
 """`sample.py`: LightningCLI over SamplingModule and PlanData, a run folder out."""
 
 import logging
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -133,6 +134,8 @@ def main(args: list[str] | None = None) -> None:
         if not cli.trainer.interrupted:
             raise
         print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
+        if cli.trainer.received_sigterm:
+            sys.exit(128 + signal.SIGTERM)
         raise KeyboardInterrupt from None  # Lightning makes an exit with status 1 of it
     finally:
         if cli.trainer.is_global_zero:
