@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tiltlens import Tilt, tilt
 from tiltlens.run_folder import RunFolder, image_name, unit_slug
 
 IDENTITY = {
@@ -313,3 +314,26 @@ def test_the_run_folder_stands_on_the_ground():
     heavy = {"torch", "lightning", "wandb", "matplotlib"}
     code = f"import sys, tiltlens.run_folder; print({heavy} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_images_are_those_of_the_output_in_the_order_of_the_curve(tmp_path):
+    """Units as they were asked for, not by name; a particle once a copy, and one that died not at all."""
+    folder, rows = RunFolder(tmp_path), []
+    folder.claim({})
+    shades = {("b", 0): (10, 2), ("b", 1): (20, 0), ("a", 0): (30, 1), ("a", 1): (40, 1)}
+    for (unit, seed), (shade, copies) in shades.items():
+        name = image_name(unit_slug(unit), 1.0, seed)
+        folder.save_image(name, np.full((2, 2, 3), shade, np.uint8))
+        row = {"unit": unit, "strength": 1.0, "seed": seed, "activation": 0.0, "energy": 0.0, "finite": True}
+        rows.append(row | {"image": name, "group": 0, "weight": copies / 2, "copies": copies})
+    folder.write_part(rows)
+    folder.consolidate()
+    folder.write_curve([{"unit": unit, "strength": 1.0, "n": 2} for unit in ("b", "a")])
+    (images,) = Tilt(folder).images.values()
+    assert ((images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist() == [10, 10, 30, 40]
+
+
+@pytest.mark.parametrize("wrong", [{"guidance": "DPS"}, {"energy": "Target"}])
+def test_a_name_in_place_of_an_object_is_refused(wrong, tmp_path):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} = .*expected an object of tiltlens"):
+        tilt("bundled", "bundled,class=horse", out=tmp_path / "run", **wrong)

@@ -10,7 +10,15 @@ _HOMES = {
     "tiltlens.api": ("Tilt", "tilt"),
     "tiltlens.energies": ("Linear", "Target", "Threshold"),
     "tiltlens.priors": ("GaussianMixture", "load_prior"),
-    "tiltlens.units": ("Address", "Combination", "Projection", "build_unit", "load_encoder"),
+    "tiltlens.units": (
+        "Address",
+        "Combination",
+        "Encoder",
+        "Projection",
+        "build_unit",
+        "load_encoder",
+        "register_encoder",
+    ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 _OTHER_NAMES = {"Unit": "build_unit"}  # Unit("bundled,class=horse"); the class itself is tiltlens.units.Unit

@@ -27,7 +27,7 @@ from tiltlens.modules.run_writer import RunFolderWriter
 from tiltlens.modules.sampling_module import SamplingModule
 from tiltlens.modules.spelled import config_text
 from tiltlens.priors.prior import Prior
-from tiltlens.report import write_report
+from tiltlens.report import read_units, write_report
 from tiltlens.run_folder import RunFolder
 from tiltlens.sampling.natural_images import load_image
 from tiltlens.units import Unit
@@ -58,12 +58,15 @@ class Tilt:
 
     @property
     def images(self) -> dict[float, Tensor]:
-        """By strength: (n, 3, H, W) in [-1, 1], in order of unit and seed, from the PNG files. Empty for vector priors."""
-        table = self.folder.samples()
+        """By strength: (n, 3, H, W) in [-1, 1], from the PNG files; units in the order of `curve`, seeds in order. Particles are
+        the equally weighted output: one that died is left out, its group's survivors stand there once a copy. Empty for
+        vector priors."""
         out: dict[float, list[Tensor]] = {}
-        for strength, name in zip(table["strength"].to_pylist(), table["image"].to_pylist()):
-            if name is not None:
-                out.setdefault(strength, []).append(load_image(self.folder.path / name))
+        for run in read_units(self.folder).values():
+            columns = (run.samples[name].to_pylist() for name in ("strength", "image"))
+            for strength, name, copies in zip(*columns, run.copies):
+                if name is not None and copies:
+                    out.setdefault(strength, []).extend([load_image(self.folder.path / name)] * copies)
         return {strength: torch.stack(images) for strength, images in out.items()}
 
     def report(self) -> Path:
@@ -91,8 +94,13 @@ def tilt(
     constraint: in place of strengths, what is wanted: "q0.999" (mean activation at this natural quantile), "z=4" or
     "kl=3" (nats); strengths are then found in rounds, and `Tilt.constraint` certifies what was reached.
     settings: further arguments of `SamplingModule` (steps, eta, pilot, precision, ...). out: the run folder, a new
-    temporary one by default; an existing one is resumed. Raises ValueError for anything that does not fit.
+    temporary one by default; an existing one is resumed. unit: an address, a `Unit`, or several; one of your own torch network:
+    `register_encoder(Encoder(network, ...))`, then its name in the address. Raises ValueError for anything that does not fit.
     """
+    for name, value, kind in (("energy", energy, Energy), ("guidance", guidance, Guidance)):
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name} = {value!r}: expected an object of tiltlens.{kind.__module__.split('.')[1]}, such as "
+                             f"{'Target(3.0)' if kind is Energy else 'DPS()'}")  # fmt: skip
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     folder = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="tiltlens-"))
     module = SamplingModule(prior, unit, energy, guidance, **settings)
