@@ -437,3 +437,12 @@ def test_the_lower_bound_does_not_depend_on_how_strong_the_strongest_run_was():
         }  # fmt: skip
         row = estimate_curve("u", table)[0][-1]
         assert row["kl_lower"] == pytest.approx(2, abs=0.3)
+
+
+@pytest.mark.parametrize(("groups", "told"), [(3, False), (4, True)])
+def test_few_groups_of_particles_tell_no_error(groups, told):
+    """As of kl, and as the warning says: three groups may agree by luck."""
+    n, rng = 8 * groups, np.random.default_rng(33)
+    group = np.repeat(np.arange(groups), 8)
+    run = Samples(1.0, rng.standard_normal(n), np.zeros(n), np.ones(n), group, np.full(n, 1 / 8))
+    assert np.isfinite(mean(run.energy, None, None, run).se) == told

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tiltlens.estimates.bootstrap import small_sample
-from tiltlens.estimates.importance import CONTROL_MIN
+from tiltlens.estimates.importance import CONTROL_MIN, GROUPS_MIN
 from tiltlens.estimates.samples import Samples
 
 
@@ -69,7 +69,7 @@ def mean(
 
 
 def _mean_of_groups(x: np.ndarray, counts: np.ndarray | None, run: Samples) -> Mean:
-    """Weighted mean of particles; error of a ratio of sums over groups, NaN for one group."""
+    """Weighted mean of particles; error of a ratio of sums over groups, NaN where they are too few to tell one."""
     weight = run.weight if counts is None else counts * run.weight
     with np.errstate(divide="ignore", invalid="ignore"):
         value = weight @ x / weight.sum(-1)
@@ -77,7 +77,7 @@ def _mean_of_groups(x: np.ndarray, counts: np.ndarray | None, run: Samples) -> M
         return Mean(value, np.full(np.shape(value), np.nan))
     sums = np.bincount(run.groups, weight * (x - value))
     n = len(sums)
-    se = np.sqrt(sums @ sums * n / (n - 1)) / weight.sum() if n > 1 else np.nan
+    se = np.sqrt(sums @ sums * n / (n - 1)) / weight.sum() if n >= GROUPS_MIN else np.nan
     return Mean(value, se * small_sample(n))
 
 
