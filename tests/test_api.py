@@ -114,4 +114,6 @@ def test_the_bundled_unit_rises_and_its_images_come_back(tmp_path):
     assert tilted["z_mean"] > zero["z_mean"] + 1, (zero["z_mean"], tilted["z_mean"])
     assert result.images[8.0].shape == (4, 3, 32, 32)
     assert math.isfinite(tilted["path_kl"])
-    assert (tmp_path / "run" / "grid_bundled_class-horse.png").exists() or result.report().exists()
+    assert result.report() == tmp_path / "run" / "report.html"
+    assert (tmp_path / "run" / "report.html").exists()
+    assert (tmp_path / "run" / "grid_bundled_class-horse.png").exists()

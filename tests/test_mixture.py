@@ -244,6 +244,12 @@ def test_the_exact_twist_is_a_martingale(name):
         (([1.0], [[float("nan")]], [1.0]), "finite"),
         (([1.0], [[0.0]], [0.0]), "positive"),
         (([1.0, -0.1], [[0.0], [1.0]], [1.0, 1.0]), "positive"),
+        (
+            ([0.5, 0.5], [[0.0, 0.0], [1.0, 2.0, 3.0]], [1.0, 1.0]),
+            r"means: .*rows of one length d, .*\[2, 3\]",
+        ),
+        (([1.0], [[0.0]], [1.0], 0), "points = 0: expected a whole number >= 2"),
+        (([1.0], [[0.0]], [1.0], 1), "points = 1"),
     ],
 )
 def test_numbers_that_are_no_mixture_are_refused(arguments, message):

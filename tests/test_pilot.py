@@ -32,6 +32,24 @@ def sampler(units=(A, B), steps=10) -> Sampler:
     return Sampler(GaussianMixture(*PLANE), UnitBank(list(units)), Linear(), DPS(), steps)
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_a_prior_whose_samples_are_not_finite_is_told_as_such(kept, monkeypatch):
+    """And not its unit; a few samples that are lost are no error."""
+    made = sampler((A,), 3)
+
+    def decode(x):
+        return torch.where((torch.arange(len(x)) < kept)[:, None], x, float("nan"))
+
+    monkeypatch.setattr(made.prior, "decode", decode)
+    if kept == 2:
+        assert int(made.run_pilot(8, 8)[0].members.isfinite().sum()) == 2
+        return
+    with pytest.raises(
+        ValueError, match=f"samples of the prior are not finite.*pilot's 8 to be, found {kept}"
+    ):
+        made.run_pilot(8, 8)
+
+
 # --- the regression ----------------------------------------------------------------------
 
 

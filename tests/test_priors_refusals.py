@@ -72,6 +72,29 @@ def test_weights_that_lack_a_tensor(pixel):
     assert "lacks (conv_out.bias" in refusal(pixel)
 
 
+@pytest.mark.parametrize(
+    "index",
+    [{"weight_map": []}, {"weight_map": {}}, {"weight_map": {"conv_out.bias": 1}}, {"weight_map": None}, {}],
+)
+def test_an_index_of_shards_that_names_no_files(pixel, index):
+    (pixel / "unet" / WEIGHTS).unlink()
+    (pixel / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    message = refusal(pixel)
+    assert f"expected in unet/{WEIGHTS}.index.json a weight_map" in message
+    assert f"found {str(index.get('weight_map'))!r}" in message
+
+
+def test_an_index_of_shards_is_read_and_one_without_metadata_is_refused(pixel):
+    state = load_file(pixel / "unet" / WEIGHTS)
+    (pixel / "unet" / WEIGHTS).rename(pixel / "unet" / "part.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(state, "part.safetensors")}
+    (pixel / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    load_prior(pixel)
+    del index["metadata"]
+    (pixel / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    assert "an object metadata, {} will do, found 'None'" in refusal(pixel)
+
+
 def test_pickled_weights(pixel):
     state = load_file(pixel / "unet" / WEIGHTS)
     (pixel / "unet" / WEIGHTS).unlink()

@@ -378,6 +378,20 @@ def test_the_figures_show_the_numbers_of_the_curve(folder):
     assert len(lower.lines[0].get_xdata()) == 8
 
 
+def test_a_histogram_of_many_samples_draws_few_of_them(folder):
+    (run,) = report.read_units(folder).values()
+    rng = np.random.default_rng(0)
+    many = {"strength": np.repeat([0.0, 1.0], [5000, 3]), "z": rng.normal(size=5003)}
+    run = replace(run, samples=pa.table(many))
+    axes = report.figures.histogram(run).axes[0]
+    few, all_ = sorted((line.get_xdata() for line in axes.lines if line.get_marker() == "|"), key=len)
+    np.testing.assert_array_equal(few, many["z"][5000:])
+    assert len(all_) == report.figures.TICKS
+    many = np.sort(many["z"][:5000])
+    assert (all_[0], all_[-1]) == (many[0], many[-1])
+    assert np.median(all_) == pytest.approx(np.median(many), abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("value", "se", "expected"),
     [

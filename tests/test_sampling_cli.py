@@ -17,7 +17,7 @@ from tiltlens import GaussianMixture, Linear, Projection, tilt
 from tiltlens.guidance import DPS
 from tiltlens.modules import sampling_cli
 from tiltlens.modules.accelerator import without_mps
-from tiltlens.modules.command_line import run
+from tiltlens.modules.command_line import plain, run
 from tiltlens.modules.sampling_cli import SamplingCLI, main
 from tiltlens.run_folder import RunFolder
 
@@ -143,6 +143,59 @@ def test_user_errors_end_with_status_2_and_write_nothing(tmp_path, capsys, chang
     assert "Traceback" not in message
     assert len(message) < 700
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("variances=[0.5,-1]", "weights and variances must be positive"),
+        ("weights=[1]", "found (1,), (2, 2), (2,)"),
+        ("means=[[0,0],[1,2,3]]", "means: expected rows of one length d, found lengths [2, 3]"),
+        ("points=0", "points = 0: expected a whole number >= 2"),
+    ],
+)
+def test_a_bad_mixture_is_told_in_one_line(tmp_path, capsys, change, words):
+    with pytest.raises(SystemExit):
+        run(lambda: main([*MIXTURE, f"--out={tmp_path / 'out'}", f"--model.prior.init_args.{change}"]))
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.count("\n") == 1, message
+
+
+def test_what_only_a_name_would_have_been_is_still_told():
+    told = plain("Does not validate against any of the Union subtypes\nSubtypes: (str, None)\nErrors:\n"
+                 "  - Expected a <class 'str'>. Got value: 3\n  - Expected a <class 'NoneType'>\nGiven value type: int")  # fmt: skip
+    assert told == "Expected a <class 'str'>. Got value: 3"
+
+
+class Detached(torch.nn.Module):
+    input_size = 8
+
+    def forward(self, x):
+        return x.mean((2, 3)).detach()
+
+
+def test_a_unit_with_no_gradient_is_refused_before_the_pilot_and_sampled_where_none_is_needed(
+    tmp_path, capsys, monkeypatch
+):
+    write_pixel(tmp_path / "prior")
+    ask = [*TINY, f"--model.prior={tmp_path / 'prior'}", "--model.unit=test_sampling_cli:Detached,channel=1",
+           "--model.pilot=8", "--model.steps=3"]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr("tiltlens.sampling.sampler.run_pilot", None)
+        for asked in ("--data.strengths=[0,1]", "--constraint=z=1"):
+            with pytest.raises(SystemExit) as stop:
+                run(lambda a=asked: main([*ask, a, f"--out={tmp_path / 'out'}"]))
+            assert stop.value.code == 2
+            assert "Detached,channel=1 is not differentiable" in capsys.readouterr().err
+            assert RunFolder(tmp_path / "out").read_manifest()["state"] == "incomplete"
+    main(
+        [*ask, "--data.strengths=[0]", f"--out={tmp_path / 'out'}"]
+    )  # the folder may be taken by another run
+    assert len(RunFolder(tmp_path / "out").read_summary()["rows"]) == 1
+    walk = ["--model.sampler=NoiseSpace", "--model.sampler.levels=1", "--model.sampler.final=1", "--model.sampler.replicas=4"]  # fmt: skip
+    main([*ask, *walk, "--data.strengths=[0,1]", f"--out={tmp_path / 'walked'}"])
+    assert len(RunFolder(tmp_path / "walked").read_summary()["rows"]) == 2
 
 
 def test_bad_prior_folders_end_with_status_2(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import importlib
 import linecache
 import os
+import pickle
 import sys
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from torchvision import models as torchvision_models
 from tiltlens.units import Encoder, Projection, UnitBank, build_unit, load_encoder, register_encoder
 from tiltlens.units import sources as sources_module
 from tiltlens.units.bank import check_addresses
-from tiltlens.units.weights import fingerprint
+from tiltlens.units.weights import fingerprint, read_vector, read_weights
 
 SMALL = {"embed_dim": 24, "depth": 3, "num_heads": 2, "img_size": 64}
 
@@ -366,6 +367,36 @@ def test_weight_files_that_are_of_no_use(folders, tmp_path, capsys):
     assert "ran" not in capsys.readouterr().out
 
 
+class RunsACommand:
+    def __reduce__(self):
+        return (os.system, ("echo a command from a weight file ran",))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_whatever_runs_code_in_a_pickle_torchs_advice_to_run_it_is_not_passed_on(tmp_path, capfd):
+    """torch refuses some modules, and pickles that it did not write, in other words than a function that it does not know."""
+    torch.save({"w": RunsACommand()}, tmp_path / "command.pt")
+    torch.save({"w": RunsCode()}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"w": RunsACommand()}))
+    (tmp_path / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    torch.save({"w": torch.zeros(300)}, tmp_path / "short.pt")
+    (tmp_path / "short.pt").write_bytes((tmp_path / "short.pt").read_bytes()[:400])
+    cases = {
+        "command": "run code",
+        "old": "run code",
+        "plain": "run code",
+        "pointer": "damaged",
+        "short": "damaged",
+    }
+    for file, message in cases.items():
+        for reader in (read_vector, read_weights):
+            with pytest.raises(ValueError, match=message) as error:
+                reader(str(tmp_path / f"{file}.pt"))
+            assert "weights_only" not in str(error.value)
+            assert "\n" not in str(error.value)
+    assert "ran" not in capfd.readouterr().out
+
+
 def test_a_class_is_held_against_the_architecture_before_a_file_of_weights_is_read(tmp_path, monkeypatch):
     """The file is no file of weights: to read it would fail here, with another error."""
     monkeypatch.setattr(sources_module, "_loaded", {})
@@ -537,3 +568,50 @@ def test_a_factory_may_make_an_encoder_with_its_preprocessing():
     assert (unit.encoder.name, unit.encoder.input_size) == ("test_units:preprocessed", (32, 32))
     assert (unit.encoder.mean, unit.encoder.interpolation) == ((0.1, 0.2, 0.3), "bilinear")
     UnitBank([unit]).validate_encoders()
+
+
+class Blind(torch.nn.Module):
+    """Takes its numbers from the image, and no gradient with them."""
+
+    input_size = 16
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x):
+        if self.how == "inference":
+            with torch.inference_mode():
+                return x.mean((2, 3)) * 2
+        if self.how == "numpy":
+            return torch.from_numpy(x.mean((2, 3)).numpy())
+        return x.mean((2, 3)).detach() if self.how == "detached" else x.flatten(2).argmax(2)
+
+
+def detached():
+    return Blind("detached")
+
+
+def whole_numbers():
+    return Blind("integers")
+
+
+def of_inference():
+    return Blind("inference")
+
+
+def through_numpy():
+    return Blind("numpy")
+
+
+@pytest.mark.parametrize("factory", ["detached", "whole_numbers", "of_inference", "through_numpy"])
+def test_a_unit_with_no_gradient_is_refused_where_guidance_needs_one(factory):
+    bank = UnitBank([build_unit(f"test_units:{factory},channel=1")])
+    bank.validate_encoders()
+    bank.validate(8)
+    with pytest.raises(
+        ValueError, match=rf"test_units:{factory},channel=1 is not differentiable.*NoiseSpace"
+    ):
+        bank.validate(8, gradient=True)
+    UnitBank([Projection([1.0] * 192)]).validate(8, gradient=True)
+    UnitBank([build_unit("test_units:preprocessed,channel=1")]).validate(32, gradient=True)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from prior_folders import write_pixel
 
@@ -78,6 +79,23 @@ def test_the_curve_is_that_of_the_summary_in_order_of_strength(sampled):
     ]
     assert norms[0] == norms[1]
     assert all(f"{prefix}/t" in h for h in steps)
+
+
+def test_strength_0_is_pooled_with_the_pilot_throughout(sampled):
+    """n, mean, quantiles and histogram of one row are of one set of samples."""
+    folder, run = sampled
+    samples = folder.samples().to_pydict()
+    own = [a for a, s in zip(samples["activation"], samples["strength"]) if s == 0]
+    pilot = pq.read_table(folder.path / "pilot" / "samples.parquet")["activation"].to_pylist()
+    pooled = np.concatenate([own, pilot])
+    (prefix,) = [name.removesuffix("/strength") for name in run.metrics if name.endswith("/strength")]
+    (row,) = [h for h in run.history if h.get(f"{prefix}/strength") == 0]
+    assert row[f"{prefix}/n"] == len(pooled) == 24
+    assert row[f"{prefix}/activation_mean"] == pytest.approx(pooled.mean())
+    for q in (0.05, 0.5, 0.95):
+        assert row[f"{prefix}/activation_q{q:g}"] == pytest.approx(np.quantile(pooled, q))
+    bins = [v for k, v in row.items() if k.startswith(f"{prefix}/activation.") and isinstance(v, list)]
+    assert 24 in [sum(counts) for counts in bins], row
 
 
 def test_pictures_and_table(sampled):

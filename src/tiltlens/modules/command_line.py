@@ -80,7 +80,10 @@ def plain(message: str) -> str:
     lines = message.splitlines()
     if not any(line.strip().startswith(NOISE[0]) for line in lines):
         return message
-    return "\n".join(line.strip().removeprefix("- ") for line in lines if not line.strip().startswith(NOISE))
+    lines = [line.strip().removeprefix("- ") for line in lines if not line.strip().startswith(NOISE)]
+    # a name would have done as well: that is told where nothing better is
+    told = [line for line in lines if not line.startswith("Expected a <class 'str'>")]
+    return "\n".join(told if any(not line.startswith("Parser key") for line in told) else lines)
 
 
 def near_names(name: str, known: list[str], n: int = 3) -> str:

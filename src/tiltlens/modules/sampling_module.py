@@ -153,6 +153,10 @@ class SamplingModule(LightningModule):
         self.load()
         strengths = getattr(self.trainer.datamodule, "strengths", ())
         self.guidance.check_target(self.prior, self.units, self.energy, strengths)
+        # a constraint finds its strengths later
+        steered = any(s > 0 for s in strengths) or hasattr(self.trainer.datamodule, "asked")
+        if self.method.guides and (steered or self.guidance.learns):
+            self.bank.validate(self.prior.image_size or self.prior.denoiser.shape, gradient=True)
 
     @staticmethod
     def check_trainer(trainer: Trainer) -> None:

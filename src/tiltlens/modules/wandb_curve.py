@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import wandb
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -96,18 +97,22 @@ def schedule_name(module: SamplingModule) -> str:
 def log_curve(
     run: Any, prefix: str, rows: list[dict], samples: dict[str, np.ndarray], folder: RunFolder
 ) -> None:
-    """One history row a strength. rows: of summary.json; samples: the unit's, as columns."""
+    """One history row a strength. rows: of summary.json; samples: the unit's, as columns. As in the rows, the pilot's
+    activations are of strength 0."""
     x = f"{prefix}/strength"
     run.define_metric(x)
     names = [*CURVE, *(f"activation_q{q:g}" for q in QUANTILES)]
     for name in names:
         run.define_metric(f"{prefix}/{name}", step_metric=x, step_sync=False)
     copies = np.nan_to_num(np.asarray(samples["copies"], float), nan=1).astype(int)
+    pilot = _pilot(folder, rows[0]["unit"]) if rows else np.empty(0)
     for row in sorted(rows, key=lambda r: r["strength"]):
         entry: dict[str, Any] = {x: row["strength"]}
         entry |= {f"{prefix}/{k}": row[k] for k in CURVE if row.get(k) is not None}
         here = (samples["strength"] == row["strength"]) & samples["finite"]
         a = np.repeat(samples["activation"][here], copies[here])
+        if row["strength"] == 0:
+            a = np.concatenate([a, pilot])
         if len(a):
             entry |= {f"{prefix}/activation_q{q:g}": float(np.quantile(a, q)) for q in QUANTILES}
             entry[f"{prefix}/activation"] = wandb.Histogram(a)
@@ -124,6 +129,16 @@ def log_curve(
     ]
     if images:
         run.log({f"{prefix}/images": images})
+
+
+def _pilot(folder: RunFolder, unit: str) -> np.ndarray:
+    """The finite activations (n,) of a unit's pilot; none without one."""
+    kept = folder.path / "pilot" / "samples.parquet"
+    if not kept.exists():
+        return np.empty(0)
+    table = columns(pq.read_table(kept))
+    a = np.asarray(table["activation"][table["unit"] == unit], float)
+    return a[np.isfinite(a)]
 
 
 def _shown(samples: dict[str, np.ndarray], copies: np.ndarray, each: int) -> list[int]:

@@ -137,7 +137,18 @@ def _weight_files(component: Path) -> list[Path]:
         if whole.is_file():
             return [whole]
         if index.is_file():
-            shards = _read_json(component, index.name, "the index of its shards").get("weight_map", {})
+            told = _read_json(component, index.name, "the index of its shards")
+            shards = told.get("weight_map")
+            if not (isinstance(shards, dict) and shards and all(isinstance(v, str) for v in shards.values())):
+                raise UserError(
+                    f"prior {component.parent}: expected in {component.name}/{index.name} a weight_map, names of tensors to "
+                    f"names of files, found {str(shards)[:100]!r}; fetch it again"
+                )
+            if not isinstance(told.get("metadata"), dict):  # diffusers takes it for granted
+                raise UserError(
+                    f"prior {component.parent}: expected in {component.name}/{index.name} an object metadata, {{}} will do, "
+                    f"found {str(told.get('metadata'))[:100]!r}; fetch it again"
+                )
             return [component / shard for shard in sorted(set(shards.values()))]
     found = sorted(p.name for p in component.iterdir() if p.suffix != ".json")
     wanted = (

@@ -103,7 +103,7 @@ def posterior_mean(posterior: Posterior) -> Tensor:
 class GaussianMixture(Prior):
     """weights (K,), means (K, d), variances (K,): isotropic components in R^d; the weights are normalised.
 
-    points: length of its table of noise levels, see `levels`. Raises ValueError for shapes that do not fit, weights or
+    points: length of its table of noise levels, at least 2, see `levels`. Raises ValueError for shapes that do not fit, weights or
     variances that are not positive, or anything that is not finite.
     """
 
@@ -114,7 +114,18 @@ class GaussianMixture(Prior):
         self, weights: list[float], means: list[list[float]], variances: list[float], points: int = 4000
     ):
         super().__init__()
-        w, m, v = (torch.as_tensor(x, dtype=torch.float64) for x in (weights, means, variances))
+        w, v = (torch.as_tensor(x, dtype=torch.float64) for x in (weights, variances))
+        rows = means if isinstance(means, list | tuple) else []  # of an array they are of one length
+        lengths = [len(row) for row in rows if isinstance(row, list | tuple)]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"GaussianMixture: means: expected rows of one length d, found lengths {lengths}"
+            )
+        m = torch.as_tensor(means, dtype=torch.float64)
+        if points < 2:
+            raise ValueError(
+                f"GaussianMixture: points = {points}: expected a whole number >= 2, the noise levels of its table"
+            )
         if w.ndim != 1 or v.shape != w.shape or m.ndim != 2 or len(m) != len(w) or not m.numel():
             raise ValueError(
                 "GaussianMixture needs weights (K,), means (K, d), variances (K,): found "

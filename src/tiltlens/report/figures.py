@@ -39,6 +39,7 @@ STYLE = {
 }
 SIZE = (4.7, 3.4)  # inches
 RIDGES = 8  # strengths that a histogram shows
+TICKS = 200  # samples of a strength that a histogram draws one by one
 WIDE = 60.0  # nats, beyond which the frontier's axis turns logarithmic
 
 
@@ -163,7 +164,8 @@ def histogram(run: UnitRun) -> Figure | None:
         heights = base + 0.8 * heights / top
         axes.stairs(heights, edges, baseline=base, fill=True, color=colour[s], alpha=0.35)
         axes.stairs(heights, edges, baseline=base, color=colour[s], lw=1.1)
-        axes.plot(values, np.full(len(values), base - 0.07), "|", color=colour[s], ms=4, mew=0.7, alpha=0.7)
+        ticks = _spread(values, TICKS)
+        axes.plot(ticks, np.full(len(ticks), base - 0.07), "|", color=colour[s], ms=4, mew=0.7, alpha=0.7)
         axes.plot([values.mean()] * 2, [base - 0.14, base + 0.82], color=colour[s], lw=1.4)
     axes.set_yticks(range(len(strengths)), [f"s = {number(s, 4)}" for s in reversed(strengths)])
     axes.tick_params(axis="y", length=0, labelcolor=THEME["ink"])
@@ -171,6 +173,13 @@ def histogram(run: UnitRun) -> Figure | None:
     axes.set_ylim(-0.25, len(strengths))
     axes.set_xlabel(_axis(run))
     return figure
+
+
+def _spread(values: np.ndarray, most: int) -> np.ndarray:
+    """The values, of more than `most` so many, evenly spaced in their order from the least to the greatest."""
+    if len(values) <= most:
+        return values
+    return np.sort(values)[np.linspace(0, len(values) - 1, most).round().astype(int)]
 
 
 def _density(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -53,9 +53,10 @@ def run_pilot(
 ) -> list[UnitPilot]:  # fmt: skip
     """Run `samples` unguided trajectories (pilot seeds 0..samples-1) and read every unit of the bank on each.
 
-    progress(done, total) is called after each step, in units of steps. features: keep the denoiser's, too.
+    progress(done, total) is called after each step, in units of steps. features: keep the denoiser's, too. Raises ValueError
+    where fewer than two of the samples are finite, whatever a unit reads there.
     """
-    paths, finals, kept, done = [], [], [], 0
+    paths, finals, kept, done, finite = [], [], [], 0, 0
     batches = [range(i, min(i + batch_size, samples)) for i in range(0, samples, batch_size)]
     for seeds in batches:
         noise = Noise(seeds, chain.denoiser.shape, device, dtype, domain="pilot")
@@ -69,13 +70,20 @@ def run_pilot(
                     x0_hat = clean_estimate(chain.denoiser, state.x, t, chain.clip)
                 # the last step returns its clean estimate, so its reading is the sample's activation
                 level = float(chain.log_snr[number]) if number + 1 < len(chain) else None
-                reads.append(bank.read_all(decode(x0_hat), level).double())
+                images = decode(x0_hat)
+                reads.append(bank.read_all(images, level).double())
             state, _ = chain.move(state, number, Guided(x0_hat, None), noise)
             done += 1
             if progress:
                 progress(done, len(batches) * len(chain))
         paths.append(torch.stack(reads))  # (steps, b, units, K)
         finals.append(reads[-1])
+        finite += int(torch.isfinite(images.flatten(1)).all(1).sum())
+    if finite < min(2, samples):
+        raise ValueError(
+            f"the samples of the prior are not finite: expected at least two of the pilot's {samples} to be, found {finite}. Its "
+            "weights may hold NaN or infinity, or overflow in this precision: fetch or train them again, or take float32"
+        )
     path, final = torch.cat(paths, 1), torch.cat(finals)
     steps = len(chain)
     phi = (

@@ -33,7 +33,8 @@ def check_strengths(strengths: Sequence[float]) -> list[float]:
 
 
 def plan(units: int, strengths: Sequence[float], n: int, seed: int = 0) -> list[Row]:
-    """Every (unit, strength, seed) for seeds seed..seed+n-1; unguided rows first, then seed by seed across strengths.
+    """Every (unit, strength, seed) for seeds seed..seed+n-1; unguided rows first, then unit by unit, strength by
+    strength, seed by seed.
 
     Strength 0 leads, so that unguided rows share batches that need no graph. Raises ValueError for n < 1.
     """

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from tiltlens.batches import network_rows
 from tiltlens.units.encoder import Encoder
 from tiltlens.units.noise_aware import NoiseAware
 from tiltlens.units.sources import sketch_encoder
@@ -127,9 +128,9 @@ class UnitBank(nn.Module):
                     read(h)
 
     @torch.no_grad()
-    def validate(self, size: int | Sequence[int]) -> None:
+    def validate(self, size: int | Sequence[int], gradient: bool = False) -> None:
         """The same on what a prior gives: an image of this side, or one input of this shape. Raises as `validate_encoders`,
-        and for inputs that a unit cannot read.
+        and for inputs that a unit cannot read; with `gradient` for units that are not differentiable, too.
         """
         shape = (3, size, size) if isinstance(size, int) else tuple(size)
         if len(self.encoders) and len(shape) != 3:
@@ -143,6 +144,8 @@ class UnitBank(nn.Module):
             x = torch.zeros(1, *shape, device=device)
             for h, read in _see(reader, members, x, None).values():
                 read(h)
+            if gradient:
+                _check_gradient(reader, members, x)
 
 
 def check_addresses(units: Iterable[Unit]) -> None:
@@ -166,6 +169,28 @@ def _see(
         return {m: (value, _as_it_is) for m, value in reader.read(members, x, log_snr).items()}
     outputs = reader.activations(x, list(dict.fromkeys(m.address.layer for m in members)))
     return {m: (outputs[m.address.layer], m.read) for m in members}
+
+
+def _check_gradient(reader: Encoder | NoiseAware | None, members: list[Unit], x: Tensor) -> None:
+    """Raises ValueError where a member's activation on x (1, *shape), which it can read, has no gradient."""
+    advice = "remove no_grad, detach or rounding from the encoder's forward, or sample with NoiseSpace, which needs none"
+    with torch.inference_mode(False), torch.enable_grad(), network_rows(1):  # a graph of one image is small
+        x = x.clone().requires_grad_()
+        try:
+            values = {m: read(h) for m, (h, read) in _see(reader, members, x, None).items()}
+            for m, value in values.items():
+                if not value.requires_grad:
+                    raise ValueError(
+                        f"the unit {m.name} is not differentiable: guidance needs the gradient of its activation, found none; {advice}"
+                    )
+            torch.autograd.grad(sum(value.sum() for value in values.values()), x)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # numpy, tensors of inference mode, operations without a derivative
+            raise ValueError(
+                f"the unit {' or '.join(m.name for m in members)} is not differentiable: guidance needs the gradient of its "
+                f"activation, found {type(error).__name__}: {' '.join(str(error).split())[:200]}; {advice}"
+            ) from error
 
 
 def _as_it_is(x: Tensor) -> Tensor:

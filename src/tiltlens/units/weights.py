@@ -5,7 +5,8 @@ torch.load(weights_only=True), which refuses a pickle that wants to call somethi
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+import pickle
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +62,32 @@ def _read(path: str, reader: Callable[[], object]) -> object:
     try:
         return reader()
     except Exception as error:  # the readers raise a dozen types; all mean that this file is of no use
-        text = str(error).strip()
-        if any(sign in f"{text} {error.__cause__}" for sign in ("Unsupported global", "allow_pickle")):
-            reason = "it is a pickle that asks to run code, which is never done; save it as safetensors"
-        else:
-            said = f"{type(error).__name__}: {text}".splitlines()[0]
+        found = list(_chain(error))
+        told = " ".join(str(e) for e in found)
+        # of a pickle by another hand torch says no more than that it does not know an operand, as of a plain text
+        refused = any(isinstance(e, pickle.UnpicklingError) for e in found) and _is_pickle(path)
+        if refused or any(sign in told.lower() for sign in ("unsupported global", "allow_pickle")):
+            reason = (
+                "it is a pickle that asks to run code, or may, which is never done; save it as safetensors"
+            )
+        else:  # torch's own advice would have code run: of its words the cause alone
+            last = found[-1] if "weights_only" in told else error
+            said = f"{type(last).__name__}: {str(last).strip()}".splitlines()[0]
             reason = f"it is damaged or of another format ({said})"
         raise ValueError(f"cannot read {path}: {reason}") from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what led to it, the first cause last."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_pickle(path: str) -> bool:
+    """By its first byte, PROTO, or as torch.save packs one since 2020, in a zip."""
+    with Path(path).open("rb") as file:
+        return file.read(2).startswith((b"\x80", b"PK"))
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
