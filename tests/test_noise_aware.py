@@ -321,3 +321,11 @@ def test_every_batch_meets_every_quarter_of_the_levels(batch, parts):
     found = module._parts[1].denoiser.schedule.log_snr[found]
     assert len(found) == batch
     assert len(set(found.tolist())) == 4
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_last_held_out_batch_may_be_short(rows, parts):
+    module = NoiseAwareModule(encoder="small-net", prior=str(parts[0] / "prior"), own=0, own_share=0)
+    found, steps = module.estimates(torch.zeros(rows, 3, 8, 8), torch.Generator().manual_seed(0))
+    assert found.shape == (rows, 3, 8, 8)
+    assert len(steps.unique()) == len(steps) == rows

@@ -36,8 +36,8 @@ def fit(module, tmp_path, *callbacks, **settings):
     batches = DataLoader([{"image": x, "seed": k} for k, x in enumerate(ROWS)], batch_size=None)
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=1,
-        log_every_n_steps=1, num_sanity_val_steps=0, default_root_dir=tmp_path, callbacks=[StepMonitor(), *callbacks],
-        **{"enable_checkpointing": False, **settings},
+        num_sanity_val_steps=0, default_root_dir=tmp_path, callbacks=[StepMonitor(), *callbacks],
+        **{"enable_checkpointing": False, "log_every_n_steps": 1, **settings},
     )  # fmt: skip
     trainer.fit(module, batches, batches)
     return trainer.callback_metrics
@@ -101,3 +101,8 @@ def test_the_speed_is_that_of_training_alone(work, tmp_path, monkeypatch):
     saving = Saving(tmp_path, every_n_train_steps=1)
     fit(module, tmp_path, Rates(), saving, val_check_interval=2, enable_checkpointing=True)
     assert rates == [3.0 if work else 1.5] * 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_is_logged_where_no_step_is_asked_for(tmp_path):
+    assert not {"gradient_norm", "images_per_second"} & fit(Linear(), tmp_path, log_every_n_steps=0).keys()

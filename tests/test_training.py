@@ -12,7 +12,9 @@ from lightning.pytorch.callbacks import Timer, model_checkpoint
 from PIL import Image
 from prior_folders import ddpm, edm, flow, write_pixel
 
+from tiltlens.errors import UserError
 from tiltlens.modules import sampling_cli
+from tiltlens.modules.amortise_module import AmortiseModule
 from tiltlens.modules.command_line import run
 from tiltlens.modules.denoising import DenoisingLoss
 from tiltlens.modules.ema import WarmEMA, warm_decay
@@ -20,6 +22,7 @@ from tiltlens.modules.encoder_module import EncoderModule, augment, degrade, low
 from tiltlens.modules.image_data import BatchStream, ImageFolderData
 from tiltlens.modules.learning_rate import rate, warm_hold_decay
 from tiltlens.modules.prior_module import PriorModule
+from tiltlens.modules.sae_module import SparseAutoencoderModule
 from tiltlens.modules.training_cli import TrainingCLI
 from tiltlens.priors import load_prior
 from tiltlens.priors.families import read_family
@@ -334,3 +337,18 @@ def test_prior_refuses_two_beginnings(tmp_path):
         PriorModule(init_from=tmp_path)
     with pytest.raises(ValueError, match="cannot build"):
         EncoderModule("vit_small_patch16_dinov3", {"no_such_argument": 1})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_checkpoint_of_another_optimizer_is_refused(folder, tmp_path):
+    steps = ("--trainer.limit_val_batches=0", "--trainer.max_steps=1")
+    TrainingCLI(arguments(folder, tmp_path, "encoder", ENCODER | {"optimizer": "adamw"}, *steps))
+    args = arguments(folder, tmp_path, "encoder", ENCODER | {"optimizer": "sgd"}, *steps, "--ckpt_path=last")
+    with pytest.raises(UserError, match=r"model\.optimizer: expected adamw, found sgd"):
+        TrainingCLI(args)
+
+
+def test_every_module_checks_its_rates():
+    for module in (SparseAutoencoderModule, AmortiseModule):
+        with pytest.raises(UserError, match=r"model\.learning_rate = -1: expected a finite number above 0"):
+            module(learning_rate=-1)

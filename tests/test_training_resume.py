@@ -358,3 +358,52 @@ def test_shards_that_are_not_to_be_had(start):
     module._trainer = SimpleNamespace(strategy=ModelParallelStrategy(save_distributed_checkpoint=False))
     with pytest.raises(UserError, match="strategy ddp"):
         module.configure_model()
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(3, -1), (3, 100), (4, 13), (-1, 13)])
+@pytest.mark.parametrize("at", [EPOCH + 2, EPOCH])
+def test_the_data_go_on_whatever_ends_the_run(epochs, steps, at, start, tmp_path, monkeypatch):
+    """Broken off inside an epoch and at its end: the same batches, as many steps, the same bits."""
+    seen, step = [], PriorModule.training_step
+
+    def broken_off(self, batch, number, limit=None):
+        if self.global_step == limit:
+            raise RuntimeError("broken off")
+        seen.append((batch["seed"], self.current_epoch))
+        return step(self, batch, number)
+
+    def fit(out, *more, limit=None):
+        monkeypatch.setattr(PriorModule, "training_step", lambda *args: broken_off(*args, limit=limit))
+        more = (f"--trainer.max_epochs={epochs}", "--save_minutes=0", "--model.decay=0.4", *more)
+        TrainingCLI(arguments(start, out, steps, *more))
+
+    fit(tmp_path / "whole")
+    whole = list(seen)
+    seen.clear()
+    with pytest.raises(RuntimeError, match="broken off"):
+        fit(tmp_path / "parts", limit=at)
+    fit(tmp_path / "parts", "--ckpt_path=last")
+    assert seen == whole
+    assert len(whole) == (13 if steps == 13 else 3 * EPOCH)
+    assert_same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
+
+
+def test_a_run_goes_on_by_the_rates_that_are_asked_for_now(start, tmp_path):
+    TrainingCLI(arguments(start, tmp_path, 2))
+    rates = ("--model.learning_rate=1e-6", "--model.weight_decay=0.5")
+    TrainingCLI(arguments(start, tmp_path, 4, *rates, "--ckpt_path=last"))
+    kept = checkpoint(tmp_path)
+    found = kept["optimizer_states"][0]["param_groups"][0]
+    assert (found["lr"], found["initial_lr"], found["weight_decay"]) == (1e-6, 1e-6, 0.5)
+    assert kept["lr_schedulers"][0]["base_lrs"] == [1e-6]
+
+
+def test_a_validation_needs_its_checkpoint(start, tmp_path, capsys):
+    args = ["validate", *arguments(start, tmp_path, 1)[1:], "--ckpt_path=last"]
+    message = refused(args, capsys)
+    assert f"{tmp_path / 'checkpoints'} holds no last.ckpt" in message
+
+
+def test_a_run_of_no_time_ends(start, tmp_path):
+    TrainingCLI(arguments(start, tmp_path, 2, "--trainer.max_time=00:00:00:00"))
+    assert (tmp_path / "prior").is_dir()

@@ -28,7 +28,7 @@ from tiltlens.guidance.amortised import AdapterConfig, energy_of, load_control, 
 from tiltlens.guidance.control import Control, new_control
 from tiltlens.guidance.guidance import Guidance
 from tiltlens.modules.amortise_rounds import Rounds, draw_round
-from tiltlens.modules.learning_rate import warm_hold_decay
+from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
 from tiltlens.modules.step_monitor import not_finite
 from tiltlens.modules.writing import whole_folder
 from tiltlens.priors import load_prior
@@ -96,6 +96,7 @@ class AmortiseModule(LightningModule):
         decay: float = 0.5,
     ):
         super().__init__()
+        check_rate(learning_rate, weight_decay, warmup, decay)
         least = {
             "pool": 8,
             "paths": 1,
@@ -139,7 +140,7 @@ class AmortiseModule(LightningModule):
         bank = UnitBank([build_unit(unit)])
         if isinstance(prior, str):
             prior = load_prior(prior, prompt=prompt, precision=precision)
-        bank.validate(prior.image_size or prior.denoiser.shape)
+        bank.validate(prior.image_size or prior.denoiser.shape, gradient=True)
         if init_from is not None:
             control = load_control(Path(init_from), prior.denoiser)
         else:

@@ -2,7 +2,8 @@
 
 - `WholeCheckpointIO` writes beside the old file and renames: a full disk or a kill leaves the old checkpoint as it was.
 - `StepCheckpoint` saves between optimizer steps alone; within accumulated gradients nothing can be gone on with.
-- `CheckResumed` holds a checkpoint's keys and shapes, and what it was trained for, against the module before anything is loaded.
+- `CheckResumed` holds a checkpoint's keys and shapes, and what it was trained for, against the module before anything is loaded, and puts
+  the data back to where they were.
 - `drop_frozen`, `restore_frozen`: frozen weights are those of a prior on disk, and no part of a checkpoint.
 """
 
@@ -19,10 +20,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from tiltlens.errors import UserError
+from tiltlens.modules.batch_stream import BatchStream
 
 STATES = ("state_dict", "current_model_state")  # with an average: the average, the weights to go on from
 BASE = "frozen_sha256"
 IDENTITY = "identity"
+OPTIMIZER = "optimizer"  # a module's, where it may be one of several
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -67,20 +70,32 @@ class StepCheckpoint(ModelCheckpoint):
 
 
 class CheckResumed(Callback):
-    """Holds the checkpoint to resume from against the module before it is loaded; and ends an epoch that was over.
+    """Holds the checkpoint to resume from against the module before it is loaded; ends an epoch that was over; goes on with the very
+    next batch, and by the rate and the decay of weights that are asked for now.
 
     asked: --ckpt_path. Raises UserError where keys or shapes differ, where `module.identity()`, plain values by name that say
-    what is trained, is not what the checkpoint's run had, and where an average of the weights would be taken for the
-    weights; and names what differs. Checkpoints that know of no identity are held against keys and shapes alone.
+    what is trained, is not what the checkpoint's run had, where the optimizer is another, and where an average of the weights would
+    be taken for the weights; and names what differs. Checkpoints that know of no identity are held against keys and shapes alone.
+    A training begins anew where "last" is not there yet; a validation does not.
     """
 
     def __init__(self, asked: str | None):
         self.asked = asked
+        self.loaded = False
+        self.data: list[dict[str, Any]] = []  # where the checkpoint's run was in them
+        self.rates: list[
+            list[tuple[float, float]]
+        ] = []  # by optimizer and group: peak rate, decay of weights
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         path = self.asked
         if path == "last":
             path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        if stage == "validate" and self.asked == "last" and not path.exists():
+            raise UserError(
+                f"{path.parent} holds no last.ckpt: expected the checkpoint of a training, found none. Give the training's folder as "
+                "--out, or a file as --ckpt_path"
+            )
         if path is None or not Path(path).is_file():  # Lightning says what else may be wrong with it
             return
         try:
@@ -101,6 +116,11 @@ class CheckResumed(Callback):
             raise UserError(
                 f"{path} holds weights alone: expected a checkpoint to go on from, found no {' and no '.join(lacking)}. {advice}"
             )
+        optimizer = getattr(pl_module, OPTIMIZER, None)
+        if stage == "fit" and checkpoint.get(OPTIMIZER, optimizer) != optimizer:
+            raise UserError(
+                f"{path} holds the state of another optimizer: model.optimizer: expected {checkpoint[OPTIMIZER]}, found {optimizer}. {advice}"
+            )
         averages = any(isinstance(c, WeightAveraging) for c in trainer.callbacks)
         if stage == "fit" and STATES[1] in checkpoint and not averages:
             raise UserError(
@@ -112,18 +132,57 @@ class CheckResumed(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint[IDENTITY] = identity_of(pl_module)
+        if hasattr(pl_module, OPTIMIZER):
+            checkpoint[OPTIMIZER] = pl_module.optimizer
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         # Lightning resumes a checkpoint of an epoch's end inside that epoch, one batch too long: with accumulated
-        # gradients that batch would be a step of its own.
+        # gradients that batch would be a step of its own, and an epoch that counts as one to come would be trained too many.
         if "loops" not in checkpoint:  # weights alone, to be validated
             return
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        self.loaded, self.data = (
+            True,
+            checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []),
+        )
+        progress, epochs = (
+            checkpoint["loops"]["fit_loop"][k] for k in ("epoch_loop.batch_progress", "epoch_progress")
+        )
         if progress["is_last_batch"] and progress["current"]["completed"] == progress["current"]["ready"]:
             progress["is_last_batch"] = False
             progress["current"] = dict.fromkeys(progress["current"], 0)
+            for counts in (epochs["current"], epochs["total"]):
+                counts["completed"] = counts["processed"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # what is asked for, before the optimizers take up those of the checkpoint
+        self.rates = [
+            [(_peak(g), g.get("weight_decay", 0.0)) for g in o.param_groups] for o in trainer.optimizers
+        ]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.loaded:
+            return
+        # Lightning forgets the place in the data where the length of the run is in epochs: where the loader was made, to be
+        # counted, before the checkpoint was read, and at an epoch's end. A stream reads its position with the first batch.
+        for loader, state in zip([trainer.train_dataloader], self.data):
+            if isinstance(loader, BatchStream):
+                loader.load_state_dict(state)
+        for optimizer, rates in zip(trainer.optimizers, self.rates):
+            for group, (peak, weight_decay) in zip(optimizer.param_groups, rates):
+                if "weight_decay" in group:  # not every optimizer has one
+                    group["weight_decay"] = weight_decay
+                if _peak(group) != peak:
+                    group["lr"] *= peak / _peak(group)
+                    group["initial_lr"] = peak
+        for config in trainer.lr_scheduler_configs:
+            config.scheduler.base_lrs = [_peak(g) for g in config.scheduler.optimizer.param_groups]
+
+
+def _peak(group: dict[str, Any]) -> float:
+    """The rate that a schedule multiplies by its factor."""
+    return group.get("initial_lr", group["lr"])
 
 
 def identity_of(module: LightningModule) -> dict[str, Any]:

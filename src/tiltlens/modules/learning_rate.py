@@ -57,7 +57,9 @@ def warm_hold_decay(
         # The first step is not given away to a warm-up that starts at 0.
         u = step / total if step else min(1 / total, warmup)
         if timer is not None:
-            u = max(u, timer.time_elapsed() / (timer.time_elapsed() + timer.time_remaining()))
+            elapsed = timer.time_elapsed()
+            length = elapsed + timer.time_remaining()
+            u = max(u, elapsed / length if length > 0 else 1.0)  # a run of no time is over
             if trainer.world_size > 1:  # each rank has a clock of its own
                 u = trainer.strategy.broadcast(u)
         return rate(u, warmup, decay, shape)

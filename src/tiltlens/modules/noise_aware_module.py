@@ -204,12 +204,13 @@ class NoiseAwareModule(LightningModule):
 
     @torch.no_grad()
     def estimates(self, x_0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """x0_hat (B, *shape) of noised x_0, and the steps of the table (B,): LEVELS levels, stratified over the range of log-SNR."""
+        """x0_hat (B, *shape) of noised x_0, and the steps of the table (B,): LEVELS levels, stratified over the range of log-SNR;
+        of fewer rows than that, one level a row."""
         denoiser = self._parts[1].denoiser
         schedule = denoiser.schedule
-        out, steps = [], []
-        for k, part in enumerate(x_0.tensor_split(LEVELS)):
-            u = (k + float(torch.rand(1, generator=generator))) / LEVELS
+        out, steps, levels = [], [], min(LEVELS, len(x_0))  # the last batch that is held out may be short
+        for k, part in enumerate(x_0.tensor_split(levels)):
+            u = (k + float(torch.rand(1, generator=generator))) / levels
             t = int((schedule.log_snr - (self.low + u * (self.high - self.low))).abs().argmin())
             eps = torch.randn(part.shape, generator=generator).to(part)
             out.append(denoiser(float(schedule.alpha[t]) * part + float(schedule.sigma[t]) * eps, t))

@@ -27,7 +27,7 @@ from tiltlens.errors import UserError
 from tiltlens.modules.activation_cache import cached_activations, read_tokens
 from tiltlens.modules.activation_data import ActivationData
 from tiltlens.modules.image_data import Batch, ImageFolderData
-from tiltlens.modules.learning_rate import warm_hold_decay
+from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
 from tiltlens.modules.writing import whole_folder
 from tiltlens.units.near import near
 from tiltlens.units.sources import load_encoder
@@ -66,6 +66,7 @@ class SparseAutoencoderModule(LightningModule):
         dead_after: int = 100,
     ):
         super().__init__()
+        check_rate(learning_rate, 0.0, warmup, decay)
         if tokens is not None and tokens not in TRAINABLE_TOKENS:
             raise UserError(f"model.tokens = {tokens!r}; {near(tokens, TRAINABLE_TOKENS)}")
         for name, value in (

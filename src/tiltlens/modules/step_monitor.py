@@ -63,7 +63,7 @@ class StepMonitor(Callback):
         norm = whole(torch.nn.utils.get_total_norm(gradients))
         if not self._scaled:
             self._watched.append(("gradient norm", self._batch, self._rows, norm))
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        if _is_told(trainer, trainer.global_step + 1):
             pl_module.log("gradient_norm", norm)
 
     def on_train_batch_end(
@@ -71,7 +71,7 @@ class StepMonitor(Callback):
     ) -> None:
         name, count = pl_module.work_of(batch) if hasattr(pl_module, "work_of") else ("images", _rows(batch))
         self._done += count * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.global_step > self._told:
+        if _is_told(trainer, trainer.global_step) and trainer.global_step > self._told:
             self._told = trainer.global_step
             now = time.perf_counter()
             pl_module.log(f"{name}_per_second", self._done / max(now - self._since, 1e-9))
@@ -98,6 +98,11 @@ class StepMonitor(Callback):
             what, batch, rows, value = self._watched.popleft()
             if not torch.isfinite(value):
                 raise not_finite(trainer, what, float(value), batch + _images(trainer, rows))
+
+
+def _is_told(trainer: Trainer, step: int) -> bool:
+    """Whether a step's figures are logged; with trainer.log_every_n_steps = 0 none are."""
+    return trainer.log_every_n_steps > 0 and step % trainer.log_every_n_steps == 0
 
 
 def not_finite(trainer: Trainer, what: str, value: float, batch: str) -> UserError:
