@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import os
 import struct
 import tarfile
 from itertools import islice
@@ -238,6 +239,26 @@ def test_broken_files(data, folder, tmp_path, monkeypatch, lazy):
     assert "lower data.size" in str(e.value)
 
 
+def test_names_of_any_kind_and_links_to_nowhere(folder, tmp_path):
+    """A link to nowhere or to itself is a broken image; a name need not be UTF-8; one with a dot before it is none."""
+    (folder / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "cat" / "loop.png").symlink_to("loop.png")
+    for name, content in ((b"\xff\xfe.png", png(7)), (b"\xff\xfd.png", b"no image")):
+        Path(os.fsdecode(os.fsencode(folder / "dog") + b"/" + name)).write_bytes(content)
+    (folder / "cat" / "._0.png").write_bytes(b"Mac OS X")
+    (folder / ".ipynb_checkpoints").mkdir()
+    (folder / ".ipynb_checkpoints" / "0.png").write_bytes(png(8))
+    made = ImageFolderData(
+        folder, size=SIZE, batch_size=4, val_n=4, broken_share=0.2, cache=tmp_path / "cache"
+    )
+    made.trainer = SimpleNamespace(default_root_dir=tmp_path, is_global_zero=True, lightning_module=None)
+    made.setup()
+    assert made.class_names == ["cat", "dog"]
+    assert len(made.train_set[1]) + len(made.val_set[1]) == 25
+    told = sorted(line.split("\t")[0] for line in (tmp_path / "broken_images.txt").read_text().splitlines())
+    assert told == ["cat/gone.png", "cat/loop.png", "dog/\\udcff\\udcfd.png"]
+
+
 def test_a_broken_image_is_replaced_with_its_own_label(data, folder, monkeypatch):
     monkeypatch.setattr(image_sets, "AT_ONCE", 0)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -265,6 +286,14 @@ def test_torchvision_by_name(data):
         data("CIFAR10", "CIFAR10")  # no download unless asked
     with pytest.raises(UserError, match=r"has no sise: it has size"):
         data("FakeData?sise=8")
+    for size in ("0", "-3", "x"):
+        with pytest.raises(UserError, match=r"FakeData (holds no images|refuses)"):
+            data(f"FakeData?size={size}")
+    with pytest.raises(UserError, match=r"VisionDataset refuses"):
+        data("VisionDataset")
+    if importlib.util.find_spec("lmdb") is None:
+        with pytest.raises(UserError, match=r"LSUN needs a package that is not here .*lmdb"):
+            data("LSUN?root=/tmp")
     with pytest.raises(UserError, match=r"torchvision.datasets has no 'CIFAR11'"):
         data("torchvision:CIFAR11")
 
@@ -313,6 +342,14 @@ def test_shards_are_the_folder(data, tmp_path, monkeypatch, lazy):
         data(f"tar:{tmp_path}/cut.tar")
 
 
+def test_shards_that_cannot_be_are_said(tmp_path):
+    write_shard(tmp_path / "big.tar", [("0.png", png(0)), ("0.cls", b"99999999999999999999")])
+    with pytest.raises(UserError, match=r"a .cls member is no integer .*beyond 64 bits"):
+        open_source(f"tar:{tmp_path}/big.tar", False, SIZE, tmp_path)
+    with pytest.raises(UserError, match=r"names no shard: expected \{FIRST..LAST\}"):
+        open_source(f"tar:{tmp_path}/part-{{5..1}}.tar", False, SIZE, tmp_path)
+
+
 def test_shards_held_out_need_not_hold_the_last_class(tmp_path):
     """Three classes in train, two in val, or the other way round: a classifier learns three."""
     for name, classes in (("three", 3), ("two", 2)):
@@ -359,6 +396,46 @@ def test_hugging_face(data, tmp_path):
         data(f"hf:{tmp_path / 'table'}?image=picture")
     with pytest.raises(UserError, match=r"hf:owner/name cannot be read"):
         data("hf:owner/name")  # no download unless asked
+
+
+def test_odd_rows_of_hugging_face_tables(tmp_path):
+    """An EXIF that datasets cannot rewrite costs nothing; null is no label; what is not read is refused."""
+    hub = pytest.importorskip("datasets")
+    kinds = {"pic": hub.Image(), "kind": hub.ClassLabel(names=["a", "b"]), "word": hub.Value("string")}
+
+    def saved(name, n):
+        rows = {
+            "pic": [{"bytes": odd_png() if k == 1 else png(k), "path": None} for k in range(n)],
+            "kind": [0, None, 1, 0][:n],
+            "word": ["x", None, "y", "x"][:n],
+        }
+        hub.Dataset.from_dict(rows, features=hub.Features(kinds)).save_to_disk(tmp_path / name)
+        return f"hf:{tmp_path / name}"
+
+    def opened(text):
+        return open_source(text, False, SIZE, tmp_path)
+
+    name = saved("rows", 4)
+    source = opened(name)
+    assert np.array_equal(decode(source, 1, SIZE, SIZE).permute(1, 2, 0), np.rot90(pixels(0), -1))
+    assert np.array_equal(decode(source, 2, SIZE, SIZE).permute(1, 2, 0), pixels(2))
+    assert source.labels.tolist() == [0, -1, 1, 0]
+    words = opened(f"{name}?label=word")
+    assert words.labels.tolist() == [0, -1, 1, 0]
+    assert words.class_names == ["x", "y"]
+    with pytest.raises(UserError, match=r"has no rows"):
+        opened(saved("empty", 0))
+    with pytest.raises(UserError, match=r"found one table that was saved alone"):
+        opened(f"{name}?split=train[:4]")
+
+
+def odd_png() -> bytes:
+    """Orientation 6 beside a resolution that is text, over which Pillow's exif_transpose stumbles."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x011A, 2, 3, b"72")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+    stream = io.BytesIO()
+    Image.fromarray(pixels(0)).save(stream, "PNG", exif=exif)
+    return stream.getvalue()
 
 
 def test_what_is_no_data_is_said(data, folder, tmp_path):

@@ -239,6 +239,29 @@ def test_half_of_the_images_are_mirrored_by_the_batch_s_seed_unless_it_is_off(tm
             {"init_from": None, "network": {k: v for k, v in TINY.items() if k != "sample_size"}},
             "square sample_size",
         ),
+        ({"init_from": None, "network": {**TINY, "sample_size": 7}}, "no state of sample_size = 7"),
+        ({"init_from": None, "network": {**TINY, "norm_num_groups": 0}}, "cannot build .* ZeroDivisionError"),
+        ({"init_from": None, "network": {**TINY, "block_out_channels": []}}, "cannot build UNet2DModel"),
+        (
+            {
+                "init_from": None,
+                "network": {
+                    **TINY,
+                    "attention_head_dim": 64,
+                    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+                    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+                },
+            },
+            "model.network: .*ZeroDivisionError",
+        ),
+        (
+            {
+                "init_from": None,
+                "network": {**TINY, "time_embedding_type": "learned", "num_train_timesteps": 10},
+            },
+            "a time embedding of floating-point numbers",
+        ),
+        ({"init_from": None, "network": TINY, "scheduler": {"num_train_timesteps": 0}}, "found 0"),
         ({"init_from": "bundeld"}, "Did you mean 'bundled'"),
     ],
 )
@@ -326,6 +349,18 @@ def test_a_new_latent_prior_is_exported_without_clipping():
 def test_a_prior_that_diffusers_would_sample_wrongly_is_said():
     with pytest.warns(UserWarning, match=r"DDPMPipeline.*EDMEulerScheduler"):
         begin(None, TINY, {"_class_name": "EDMEulerScheduler"}, None)
+
+
+@pytest.mark.parametrize(
+    "name", ["PNDM", "LMSDiscrete", "UniPCMultistep", "EulerDiscrete", "EulerAncestralDiscrete"]
+)
+def test_a_scheduler_that_the_pipeline_of_pixels_cannot_call_is_said(name, recwarn):
+    """... in pixels, where its step takes no generator or its input is scaled; in latents the pipeline knows how."""
+    for ok in ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"):
+        begin(None, TINY, {"_class_name": ok}, None)
+    assert not [w for w in recwarn if "does not sample" in str(w.message)]
+    with pytest.warns(UserWarning, match=rf"DDPMPipeline.*{name}.*Both sample a DDPMScheduler"):
+        begin(None, TINY, {"_class_name": f"{name}Scheduler"}, None)
 
 
 def test_weights_in_half_precision_are_refused(tmp_path):

@@ -4,6 +4,7 @@ Its tables lie on disk as Arrow and are read by row, so that a large set needs n
 """
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -52,12 +53,20 @@ class HuggingFaceSource:
                     f"{', '.join(f'{k} ({type(f).__name__})' for k, f in features.items())}; give ?{what}=COLUMN"
                 )
         self.name_, self.fingerprint = name, f"hf {name} {self.table._fingerprint} {self.image} {label}"
+        # undecoded: datasets turns images by itself, and one odd EXIF would end the run
+        self.feature = features[self.image]
+        if isinstance(self.feature, datasets.Image):
+            self.table = self.table.cast_column(self.image, datasets.Image(decode=False))
         n = len(self.table)
+        if not n:
+            raise UserError(f"hf:{name} has no rows: expected a table of images; give another ?split=NAME")
         values = [-1] * n if label is None else self.table[label][:]
         names = getattr(features.get(label), "names", None)
         if names is None and label is not None:
-            names = sorted({str(v) for v in values}, key=lambda v: (len(v), v))
-            values = [names.index(str(v)) for v in values]
+            names = sorted({str(v) for v in values if v is not None}, key=lambda v: (len(v), v))
+            number = {name: k for k, name in enumerate(names)}
+            values = [None if v is None else number[str(v)] for v in values]
+        values = [-1 if v is None else v for v in values]
         self.labels, self.class_names = torch.tensor(values), [str(c) for c in names or []]
 
     def __len__(self) -> int:
@@ -67,7 +76,12 @@ class HuggingFaceSource:
         return f"{self.name_}[{i}]"
 
     def open(self, i: int) -> Image.Image:
-        return as_image(self.table[i][self.image])
+        value = self.table[i][self.image]
+        if isinstance(value, dict) and value.get("bytes") is None and value.get("path"):
+            # beside the table, or in an archive that datasets alone knows how to enter
+            path = value["path"]
+            return Image.open(path) if os.path.lexists(path) else type(self.feature)().decode_example(value)
+        return as_image(value)
 
 
 def as_image(value: Any) -> Image.Image:
@@ -108,11 +122,18 @@ def _load(datasets: Any, name: str, splits: list[str], given: dict[str, Any]) ->
         else:
             with nullcontext() if given.get("download", False) else _local_alone(datasets.config):
                 found = datasets.load_dataset(name, given.get("config"))
+    except IndexError as error:  # how datasets says that there is not one file of rows
+        raise UserError(f"hf:{name} has no rows: expected a table of images; save it again") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"hf:{name} cannot be read ({error}): give a folder, or hf:{name}?download=true to fetch it"
         ) from error
     if not isinstance(found, dict):  # a single table that was saved alone
+        if "split" in given and str(given["split"]) != str(found.split):
+            raise UserError(
+                f"hf:{name}?split={given['split']}: expected a folder of several splits, found one table that was saved "
+                "alone: take ?split away"
+            )
         return found
     for split in splits:
         if split in found:

@@ -208,5 +208,6 @@ def hold_out(source: ImageSource, seed: int, n: int | None, share: float | None)
         raise UserError(
             f"data.val_n = {n} of {len(source)} images: none is left for training; lower it or set data.val"
         )
-    keys = [hashlib.sha256(f"{seed}/{source.name(i)}".encode()).digest() for i in range(len(source))]
+    names = (f"{seed}/{source.name(i)}".encode(errors="surrogateescape") for i in range(len(source)))
+    keys = [hashlib.sha256(name).digest() for name in names]
     return sorted(range(len(source)), key=keys.__getitem__)[:n]

@@ -80,7 +80,7 @@ class BrokenImages:
             self.reasons[name] = reason
             if self.log is not None:
                 self.log.parent.mkdir(parents=True, exist_ok=True)
-                with self.log.open("a") as file:
+                with self.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(f"{name}\t{reason}\n")
             if len(self.reasons) > self.share * self.total:
                 some = "; ".join(f"{n} ({r})" for n, r in list(self.reasons.items())[:NAMED])

@@ -76,6 +76,8 @@ def read_index(number: int, path: Path) -> pa.Table:
                     images[key] = member.offset_data, member.size
                 elif ending == "cls":
                     labels[key] = int(tar.extractfile(member).read())
+                    if abs(labels[key]) >= 1 << 63:
+                        raise ValueError(f"{key} has {labels[key]}, beyond 64 bits")
                 tar.members = []  # tarfile keeps every header: a shard of a million files would fill memory
     except tarfile.TarError as error:
         raise UserError(
@@ -99,6 +101,8 @@ def find_shards(pattern: str) -> list[Path]:
             f"no shard at {', '.join(missing[:3])}{' and others' * (len(missing) > 3)}: expected tar files on "
             "disk, tar:DIR/part-{000..010}.tar or tar:DIR/*.tar"
         )
+    if not found:
+        raise UserError(f"{pattern} names no shard: expected {{FIRST..LAST}} with FIRST not above LAST")
     return [Path(x) for x in sorted({x for _, paths in found for x in paths})]
 
 

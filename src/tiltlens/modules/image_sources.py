@@ -91,8 +91,12 @@ class FolderSource:
         self.labels = torch.tensor([number[p[0]] if len(p) > 1 else -1 for p in parts])
         digest = hashlib.sha256(str(root.resolve()).encode())
         for path in self.files:
-            stat = path.stat()
-            digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+            try:
+                stat = path.stat()
+                said = f"{path} {stat.st_size} {stat.st_mtime_ns}\n"
+            except OSError:  # a link to nowhere or to itself: `open` fails too, and it counts as broken
+                said = f"{path} gone\n"
+            digest.update(os.fsencode(said))
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -106,14 +110,17 @@ class FolderSource:
 
 
 def files_below(root: Path) -> Iterator[Path]:
-    """Every file below root, in linked folders too; a link back to a folder that it lies in is not followed."""
+    """Every file below root, in linked folders too; a link back to a folder that it lies in is not followed.
+
+    Names that begin with a dot are left out: .ipynb_checkpoints is no class, ._1.png (of macOS) no image.
+    """
     above = {str(root): {os.path.realpath(root)}}
     for folder, inner, names in os.walk(root, followlinks=True):
         entered = above.pop(folder)
         real = {name: os.path.realpath(os.path.join(folder, name)) for name in inner}
-        inner[:] = [name for name in inner if real[name] not in entered]
+        inner[:] = [n for n in inner if real[n] not in entered and not n.startswith(".")]
         above |= {os.path.join(folder, name): entered | {real[name]} for name in inner}
-        yield from (Path(folder, name) for name in names)
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 class FakeImages(datasets.FakeData):
@@ -151,6 +158,10 @@ class TorchvisionSource:
         part = part_arguments(known, given, held_out)
         try:
             self.data = maker(**given, **part)
+        except ImportError as error:
+            raise UserError(
+                f"torchvision's {name} needs a package that is not here ({error}): pip install it"
+            ) from error
         except (RuntimeError, FileNotFoundError) as error:
             way = f"{name}?root=DIR where it lies, or {name}?download=true to fetch it"
             raise UserError(
@@ -158,6 +169,14 @@ class TorchvisionSource:
             ) from error
         except (TypeError, ValueError) as error:
             raise UserError(f"torchvision's {name} refuses {given | part}: {error}") from error
+        try:
+            count = len(self.data)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise UserError(f"torchvision's {name} refuses {given | part}: {error}") from error
+        if not count:
+            raise UserError(
+                f"torchvision's {name} holds no images with {given | part}: expected at least one"
+            )
         told = given | part | ({"root": str(Path(given["root"]).resolve())} if "root" in given else {})
         self.text = name
         self.fingerprint = f"torchvision {name} {told} {len(self.data)} {files_of(self.data)}"

@@ -108,9 +108,30 @@ class PriorModule(LightningModule):
                 f"{begun}: expected in_channels = {expected}, as of {kind}, found {self.channels}: "
                 + ("set in_channels and out_channels" if init_from is None else "begin with another prior")
             )
+        if init_from is None:
+            self._try_network()
         self.adapted = inject(self.network, lora.rank, lora.alpha, lora.targets) if lora else []
         self.prompt, self.lora_scale = prompt, (lora.alpha or lora.rank) / lora.rank if lora else None
         self.random = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.network.modules())
+
+    @torch.no_grad()
+    def _try_network(self) -> None:
+        """One row through a network made of a config. Raises UserError where it builds but does not run."""
+        state = torch.zeros(1, self.channels, self.side, self.side)
+        self.network.eval()  # dropout would draw from the global generator
+        try:
+            found = tuple(self(state, self.family.schedule.time[-1:].float()).shape)
+        except prior_pipeline.CANNOT_RUN as error:
+            raise UserError(
+                f"model.network: this UNet2DModel takes no state of sample_size = {self.side} "
+                f"({type(error).__name__}: {error}): expected a sample_size that halves evenly at every block but the "
+                "last, an attention_head_dim that divides the channels of its blocks, and a time embedding of floating-point numbers"
+            ) from error
+        if found != tuple(state.shape):
+            raise UserError(
+                f"model.network: expected a network from {tuple(state.shape)} to the same shape, found {found}"
+            )
+        self.network.train()
 
     def configure_model(self) -> None:
         """Weights in shards, where the strategy wants them; see `tiltlens.modules.sharding`."""

@@ -1,9 +1,12 @@
 """Where a prior in training begins and ends: a pipeline of diffusers in memory, and a folder of it on disk."""
 
+import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DDPMPipeline, LDMPipeline, SchedulerMixin, UNet2DModel
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -15,11 +18,11 @@ from tiltlens.priors.latent import SUPPORTED as AUTOENCODERS
 from tiltlens.priors.pipeline import load_pipeline
 
 Config = dict[str, Any]
+# what torch and diffusers raise for numbers that do not fit together, and for a package that is not installed
+CANNOT_RUN = (
+    TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError, LookupError, AssertionError, ImportError
+)  # fmt: skip
 CLIPS = ("DDPMScheduler", "DDIMScheduler")  # clip_sample is True by default
-CANNOT = {  # no scaling of the network's input, or no init_noise_sigma
-    DDPMPipeline: ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"),
-    LDMPipeline: ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-}
 
 
 def begin(
@@ -42,11 +45,13 @@ def begin(
     if autoencoder is not None and (scheduler or {}).get("_class_name", "DDPMScheduler") in CLIPS:
         scheduler = {"clip_sample": False, **(scheduler or {})}  # latents are not confined to [-1, 1]
     noise = _build(scheduler, "DDPMScheduler", (SchedulerMixin,), "model.scheduler")
+    if (levels := noise.config.get("num_train_timesteps", 1)) < 1:
+        raise UserError(f"model.scheduler: expected num_train_timesteps of at least 1, found {levels}")
     kind = DDPMPipeline if autoencoder is None else LDMPipeline
-    if type(noise).__name__ in CANNOT[kind]:
+    if not samples_rightly(kind, noise):
         rank_zero_warn(
             f"model.scheduler: diffusers' own {kind.__name__}, in which this prior will be exported, does not sample a "
-            f"{type(noise).__name__} rightly; sample.py does"
+            f"{type(noise).__name__} rightly; sample.py does. Both sample a DDPMScheduler and a DDIMScheduler"
         )
     if autoencoder is None:
         return DDPMPipeline(unet, noise)
@@ -58,6 +63,24 @@ def begin(
     if codec is None:
         raise UserError(f"model.autoencoder {autoencoder}: expected a latent prior, found one of pixels")
     return LDMPipeline(codec, unet, noise)
+
+
+def samples_rightly(kind: type, scheduler: Any) -> bool:
+    """Whether diffusers' DDPMPipeline or LDMPipeline calls this scheduler as it must be called.
+
+    DDPMPipeline gives `generator` to its step, starts at a standard deviation of 1 and scales no input; LDMPipeline
+    reads init_noise_sigma and scale_model_input, which flow matching has not.
+    """
+    if kind is LDMPipeline:
+        return hasattr(scheduler, "init_noise_sigma") and hasattr(scheduler, "scale_model_input")
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        return False
+    if float(getattr(scheduler, "init_noise_sigma", 1)) != 1:
+        return False
+    if not hasattr(scheduler, "scale_model_input"):
+        return True
+    trial, x = copy.deepcopy(scheduler), torch.ones(1, 1, 1, 1)  # scaling begins a walk through the steps
+    return torch.equal(trial.scale_model_input(x, trial.timesteps[0]), x)
 
 
 def codec_of(pipeline: Any) -> nn.Module | None:
@@ -95,5 +118,7 @@ def _build(config: Config | None, default: str, bases: tuple[type, ...], key: st
         raise UserError(f"{key}: expected _class_name to be a {kinds} of diffusers, found {name!r}")
     try:
         return cls(**config)
-    except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
-        raise UserError(f"{key}: diffusers cannot build {cls.__name__} from it: {error}") from error
+    except CANNOT_RUN as error:
+        raise UserError(
+            f"{key}: diffusers cannot build {cls.__name__} from it: {type(error).__name__}: {error}"
+        ) from error
