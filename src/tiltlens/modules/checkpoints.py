@@ -83,9 +83,8 @@ class CheckResumed(Callback):
         self.asked = asked
         self.loaded = False
         self.data: list[dict[str, Any]] = []  # where the checkpoint's run was in them
-        self.rates: list[
-            list[tuple[float, float]]
-        ] = []  # by optimizer and group: peak rate, decay of weights
+        # by optimizer and group: peak rate, decay of weights
+        self.rates: list[list[tuple[float, float]]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         path = self.asked
@@ -142,13 +141,9 @@ class CheckResumed(Callback):
         # gradients that batch would be a step of its own, and an epoch that counts as one to come would be trained too many.
         if "loops" not in checkpoint:  # weights alone, to be validated
             return
-        self.loaded, self.data = (
-            True,
-            checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", []),
-        )
-        progress, epochs = (
-            checkpoint["loops"]["fit_loop"][k] for k in ("epoch_loop.batch_progress", "epoch_progress")
-        )
+        loop = checkpoint["loops"]["fit_loop"]
+        self.loaded, self.data = True, loop["state_dict"].get("combined_loader", [])
+        progress, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
         if progress["is_last_batch"] and progress["current"]["completed"] == progress["current"]["ready"]:
             progress["is_last_batch"] = False
             progress["current"] = dict.fromkeys(progress["current"], 0)

@@ -44,7 +44,8 @@ class SamplingProgress(Callback):
 
     def report(self, phase: str, done: int, total: int) -> None:
         """done of total steps: of the pilot, of what is learned from it, or of the batch at hand."""
-        if self._trainer and self._trainer.received_sigterm:  # Lightning notes it, and its predict loop never looks
+        # Lightning notes the signal, and its predict loop never looks
+        if self._trainer and self._trainer.received_sigterm:
             raise KeyboardInterrupt
         if phase in ("pilot", "learning"):
             self._show(phase, f"step {done} of {total}", done, total)
