@@ -376,7 +376,7 @@ def test_errors_match_200_replications_and_cover():
 
 def test_a_sweep_of_few_rows_covers_at_each_strength_that_it_answers():
     """32 rows a strength, up to 3.5 nats: weights that barely pass for healthy, and runs at other strengths, are those that missed
-    the tail. Before their disagreement with MBAR was in their errors 84 % of these intervals covered."""
+    the tail. Without their disagreement with MBAR in their errors this fails."""
     off = []
     for seed in range(80):
         rng = np.random.default_rng(seed)
