@@ -505,6 +505,27 @@ def test_a_torchvision_set_of_files_is_known_by_its_files(data, folder):
     assert source().fingerprint != before
 
 
+def test_a_torchvision_set_of_files_has_the_pixels_of_the_folder(tmp_path):
+    """torchvision's own loader puts alpha on black and clips 16 bits; names are those of the files."""
+    (tmp_path / "a").mkdir()
+    clear = np.dstack([pixels(0), np.zeros((*pixels(0).shape[:2], 1), np.uint8)])
+    Image.fromarray(clear, "RGBA").save(tmp_path / "a" / "0.png")
+    Image.fromarray(np.linspace(0, 65535, 16 * 16).reshape(16, 16).astype(np.uint16)).save(
+        tmp_path / "a" / "1.png"
+    )
+    theirs = open_source(f"torchvision:ImageFolder?root={tmp_path}", False, 16, tmp_path)
+    ours = open_source(str(tmp_path), False, 16, tmp_path)
+    for i in range(2):
+        assert torch.equal(decode(theirs, i, 8, 8), decode(ours, i, 8, 8))
+        assert theirs.name(i).endswith(ours.name(i))
+
+
+@pytest.mark.parametrize("wrong", ["image_size=5", "num_classes=0"])
+def test_images_that_cannot_be_made_up_are_refused(wrong, tmp_path):
+    with pytest.raises(UserError, match=f"FakeData refuses .*{wrong.partition('=')[0]}"):
+        open_source(f"FakeData?{wrong}", False, 8, tmp_path)
+
+
 def test_a_prior_needs_no_classes_in_common(data, folder, tmp_path):
     Image.fromarray(pixels(1)).save((tmp_path / "other").mkdir() or tmp_path / "other" / "0.png")
     assert len(data(folder, tmp_path / "other").val_set[1]) == 1

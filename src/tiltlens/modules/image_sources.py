@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import datasets
+from torchvision.datasets.folder import default_loader
 from torchvision.transforms.functional import to_pil_image
 
 from tiltlens.errors import UserError
@@ -156,8 +157,10 @@ class TorchvisionSource:
             # image i is drawn from the seed i + random_offset: held-out images must be others
             given.setdefault("random_offset", FAKE_HELD_OUT if held_out else 0)
         part = part_arguments(known, given, held_out)
+        # torchvision's loader turns a file to RGB itself: alpha on black, 16 bits clipped. `decode` knows better.
+        as_it_is = "loader" in known and known["loader"].default is default_loader and "loader" not in given
         try:
-            self.data = maker(**given, **part)
+            self.data = maker(**given, **part, **({"loader": Image.open} if as_it_is else {}))
         except ImportError as error:
             raise UserError(
                 f"torchvision's {name} needs a package that is not here ({error}): pip install it"
@@ -171,15 +174,19 @@ class TorchvisionSource:
             raise UserError(f"torchvision's {name} refuses {given | part}: {error}") from error
         try:
             count = len(self.data)
-        except (TypeError, ValueError, NotImplementedError) as error:
+            if name == "FakeData" and count:
+                self.data[0]  # its sizes are looked at by nobody before
+        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
             raise UserError(f"torchvision's {name} refuses {given | part}: {error}") from error
         if not count:
             raise UserError(
                 f"torchvision's {name} holds no images with {given | part}: expected at least one"
             )
         told = given | part | ({"root": str(Path(given["root"]).resolve())} if "root" in given else {})
-        self.text = name
-        self.fingerprint = f"torchvision {name} {told} {len(self.data)} {files_of(self.data)}"
+        if as_it_is:
+            told["loader"] = "as it is"
+        self.text, self.paths = name, paths_of(self.data)
+        self.fingerprint = f"torchvision {name} {told} {len(self.data)} {digest_of(self.paths)}"
         named = (getattr(self.data, k, None) for k in ("targets", "_labels", "labels", "y"))
         labels = next((x for x in named if x is not None), None)
         if labels is None:  # only its items tell: each is read once
@@ -195,14 +202,14 @@ class TorchvisionSource:
         return len(self.data)
 
     def name(self, i: int) -> str:
-        return f"{self.text}[{i}]"
+        return str(self.paths[i]) if self.paths else f"{self.text}[{i}]"
 
     def open(self, i: int) -> Image.Image:
         return self.data[i][0]
 
 
-def files_of(data: Any) -> str:
-    """A digest of path, size and time of each image file of a set that reads its items from files; empty for others."""
+def paths_of(data: Any) -> list[Path]:
+    """The image files, in order, of a set that reads its items from files; empty for others."""
     lists = (
         getattr(data, name, None) for name in ("samples", "_samples", "_image_files", "_images", "images")
     )
@@ -212,7 +219,12 @@ def files_of(data: Any) -> str:
         for x in found
         if isinstance(x, str | Path | list | tuple)
     ]
-    if not paths or not all(p.is_file() for p in paths):
+    return paths if len(paths) == len(data) and all(p.is_file() for p in paths) else []
+
+
+def digest_of(paths: list[Path]) -> str:
+    """A digest of path, size and time of each file; empty where there are none."""
+    if not paths:
         return ""
     said = repr([(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in paths])
     return hashlib.sha256(said.encode()).hexdigest()[:16]
