@@ -5,11 +5,12 @@
 
 HELD_OUT, TRAIN: sources as data.val and data.train of train.py: folders, CIFAR10, tar:SHARDS. In the features of a
 named encoder, each next to what as many training images have against the same held-out ones (the floor): the kernel
-distance (KID), the Frechet distance, and how often a sample is nearer to its nearest training image than a held-out
-image is to its own (1/2 where nothing is copied; copied: the share nearer than 99 % of held-out images, 0.01 where
-nothing is). Then the error of x0_hat, the mean of |x0_hat - x_0|^2 per value of a state, by bins of log-SNR (t uniform on the
-training table) and the min-SNR-5 loss over all. Without TRAIN the floor is that of two halves of HELD_OUT, and copies
-are not looked for. +- standard error over images. All of it is repeated to the digit by the same command.
+distance (KID), the Frechet distance, and how often a sample is nearer to its nearest training image (or the mirror
+image of one) than a held-out image is to its own (1/2 where nothing is copied; copied: the share nearer than 99 % of
+held-out images, 0.01 where nothing is). Then the error of x0_hat, the mean of |x0_hat - x_0|^2 per value of a state, by
+bins of log-SNR (t uniform on the training table) and the min-SNR-5 loss over all. Without TRAIN the floor is that of two
+halves of HELD_OUT, and copies are not looked for. +- standard error over images. All of it is repeated to the digit by
+the same command.
 """
 
 import argparse
@@ -59,6 +60,8 @@ def print_samples(prior: DiffusersPrior, held_out: torch.Tensor, asked: argparse
     if asked.grid:
         write_grid(images, asked.grid)
     sets = [features.of(x.split(READ), device) for x in (images, held_out[:n], train)]
+    if asked.train:
+        sets.append(features.of(train.flip(-1).split(READ), device))
     found = quality(*sets)
     told = f"{asked.steps} steps uniform in log-SNR, eta = {asked.eta:g}, seeds 0..{n - 1}, {seconds:.0f} s of processor time"
     print(f"samples: {told}; features of the encoder {asked.encoder}; {len(train)} training images")

@@ -131,6 +131,12 @@ def test_quality_says_its_n():
         kernel_distance(normal(20, 4), normal(21, 4))
 
 
+def test_copies_of_mirror_images_are_copies():
+    train, held_out, turned = normal(50, 4), normal(30, 4, seed=1), normal(50, 4, seed=2)
+    assert quality(turned[:20], held_out, train)["copied_n20"] < 0.5
+    assert quality(turned[:20], held_out, train, turned)["copied_n20"] == 1
+
+
 def test_features_do_not_depend_on_the_batch():
     features = EncoderFeatures("bundled")
     images = normal(20, 3, 32, 32).float().tanh()

@@ -75,9 +75,9 @@ def test_quality_is_that_of_the_export(tmp_path):
         )
 
     data = cli.datamodule
-    expected = quality(
-        features(images), features(some(data.val_set[0], 10)), features(some(data.train_set[0], 20))
-    )
+    train = some(data.train_set[0], 20)
+    sets = (images, some(data.val_set[0], 10), train, train.flip(-1))
+    expected = quality(*map(features, sets))
     for name, value in expected.items():
         assert found[1][f"quality/{name}"] == pytest.approx(value, rel=1e-3, abs=1e-4), name
     # the grid's picture is the samples of its seeds, on disk and on W&B

@@ -35,16 +35,20 @@ def sample_images(
     return torch.cat(images).add(1).mul(127.5).round().div(127.5).sub(1)
 
 
-def quality(samples: Tensor, held_out: Tensor, train: Tensor) -> dict[str, float]:
+def quality(
+    samples: Tensor, held_out: Tensor, train: Tensor, mirrored: Tensor | None = None
+) -> dict[str, float]:
     """Distances of samples to held-out images, next to what n training images have; features (., d).
 
+    mirrored: of the training images turned left to right: what was trained with flips may copy these as well.
+
     kid_nN, frechet_nN and kid_floor_nN, frechet_floor_nN with N = the least of the three lengths, from the first N rows
-    of each; nearer_nN, copied_nN with all rows of train as neighbours; standard errors as NAME_se.
+    of each; nearer_nN, copied_nN with all rows of train and mirrored as neighbours; standard errors as NAME_se.
     """
     n = min(len(samples), len(held_out), len(train))
     real, fake, other = held_out[:n], samples[:n], train[:n]
     kid, floor = kernel_distance(fake, real), kernel_distance(other, real)
-    near = memorisation(fake, real, train)
+    near = memorisation(fake, real, train if mirrored is None else torch.cat([train, mirrored]))
     found = {
         "kid": kid.value, "kid_se": kid.se, "kid_floor": floor.value, "kid_floor_se": floor.se,
         "frechet": frechet_distance(fake, real), "frechet_floor": frechet_distance(other, real),

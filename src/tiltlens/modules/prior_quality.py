@@ -19,7 +19,8 @@ class PriorQuality(Callback):
     """Logs quality/NAME_nN of `tiltlens.metrics.quality`: kid, frechet, nearer, copied, and the floors of real images.
 
     encoder: whose features, a name as in a unit's address. n: samples, held-out and training images compared; fewer
-    where the data has fewer, and N says how many. neighbours: training images among which copies are looked for.
+    where the data has fewer, and N says how many. neighbours: training images among which, with their mirror images,
+    copies are looked for.
     steps, eta, seed: of the samples. With the averaged weights, before the first step and then at the first
     validation that is every_n_steps steps later; always at the end of training and by `train.py validate`. In
     float32, whatever training's precision, as the exported prior is sampled. Several devices share the samples.
@@ -106,6 +107,7 @@ class PriorQuality(Callback):
         if self._real is None:  # the encoder is frozen: natural images are read once
             rows = {"train_set": self.neighbours, "val_set": self.n}
             self._real = {k: self._read(self._sets[k], n, device) for k, n in rows.items()}
+            self._real["mirrored"] = self._read(self._sets["train_set"], self.neighbours, device, flip=True)
         each = -(-self.n // trainer.world_size)
         first = self.seed + each * trainer.global_rank
         images = sample_images(
@@ -114,12 +116,15 @@ class PriorQuality(Callback):
         drawn = self._features.of(images.split(READ), device)
         if trainer.world_size > 1:
             drawn = pl_module.all_gather(drawn.to(device)).flatten(0, 1).cpu()
-        found = quality(drawn[: self.n], self._real["val_set"], self._real["train_set"])
+        found = quality(
+            drawn[: self.n], self._real["val_set"], self._real["train_set"], self._real["mirrored"]
+        )
         return {f"quality/{name}": value for name, value in found.items()}
 
-    def _read(self, images: Images, n: int, device: torch.device) -> Tensor:
+    def _read(self, images: Images, n: int, device: torch.device, flip: bool = False) -> Tensor:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))[:n]
-        return self._features.of((to_unit_range(images[rows]) for rows in order.split(READ)), device)
+        batches = (to_unit_range(images[rows]) for rows in order.split(READ))
+        return self._features.of((x.flip(-1) for x in batches) if flip else batches, device)
 
 
 def check_sampled(callback: Callback, trainer: Trainer, pl_module: LightningModule, steps: int) -> None:
