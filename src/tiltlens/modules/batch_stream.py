@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from tiltlens.errors import UserError
@@ -23,7 +24,8 @@ class BatchStream:
 
     With `shuffle` each epoch is a new permutation and its incomplete last batch is dropped; without, the
     order is kept, the last batch may be short, and every pass is the same. `state_dict` is what Lightning
-    stores. Raises UserError where a rank has fewer images than a batch.
+    stores: the next batch's number and what it is a number of; another such stream goes on there, and warns.
+    Raises UserError where a rank has fewer images than a batch.
     """
 
     def __init__(
@@ -95,11 +97,24 @@ class BatchStream:
         """Seeds of different epochs, batches and ranks must not coincide; a hash keeps them apart."""
         return int.from_bytes(hashlib.sha256(repr((self.seed, *parts)).encode()).digest()[:7], "big")
 
+    def _settings(self) -> dict[str, int]:
+        """What batch k is a function of, besides k and the rank."""
+        return {
+            "data.batch_size": self.batch_size, "data.seed": self.seed, "training images": len(self.labels),
+            "devices": self.ranks,
+        }  # fmt: skip
+
     def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
+        return {"position": self.position, **self._settings()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
+        mine = self._settings()
+        if told := [f"{k} {state[k]} -> {v}" for k, v in mine.items() if state.get(k, v) != v]:
+            rank_zero_warn(
+                f"the data are not those of the checkpoint ({', '.join(told)}): training goes on at batch {self.position} of "
+                "these, and equals no uninterrupted run"
+            )
 
 
 def to_unit_range(images: Tensor) -> Tensor:

@@ -186,6 +186,7 @@ class TorchvisionSource:
         if as_it_is:
             told["loader"] = "as it is"
         self.text, self.paths = name, paths_of(self.data)
+        self.root = given.get("root", "")
         self.fingerprint = f"torchvision {name} {told} {len(self.data)} {digest_of(self.paths)}"
         named = (getattr(self.data, k, None) for k in ("targets", "_labels", "labels", "y"))
         labels = next((x for x in named if x is not None), None)
@@ -202,7 +203,7 @@ class TorchvisionSource:
         return len(self.data)
 
     def name(self, i: int) -> str:
-        return str(self.paths[i]) if self.paths else f"{self.text}[{i}]"
+        return os.path.relpath(self.paths[i], self.root) if self.paths else f"{self.text}[{i}]"
 
     def open(self, i: int) -> Image.Image:
         return self.data[i][0]
