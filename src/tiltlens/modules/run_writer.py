@@ -72,7 +72,7 @@ class RunFolderWriter(Callback):
         self._open = True
         identity = {**module.describe(), "seed": data.seed}
         plan = self._grown_plan(data)
-        module.guidance.check_target(module.prior, module.units, module.energy, data.strengths)
+        module.check_plan(data)
         self.whole = self._is_whole(module, data)
         self.folder.claim(identity)
         self._claimed = True

@@ -115,6 +115,7 @@ class SamplingModule(LightningModule):
         self.cache, self.rows = cache, rows
         self.prior: Prior | None = None
         self.sampler: Sampler | None = None
+        self._steerable = False  # whether the units were seen to have gradients
         self.pilot_store: Any = None  # where a pilot is kept; given by the run-folder writer
         self.progress: Callable[[str, int, int], None] | None = None
         self.pilot_seconds = 0.0
@@ -151,12 +152,18 @@ class SamplingModule(LightningModule):
             raise ValueError(f"SamplingModule samples: use Trainer.predict, not {stage}")
         self.check_trainer(self.trainer)
         self.load()
-        strengths = getattr(self.trainer.datamodule, "strengths", ())
+        self.check_plan(self.trainer.datamodule)
+
+    def check_plan(self, data: Any) -> None:
+        """Raises ValueError where the guidance was made for others than the strengths asked for, or a unit to be steered has no
+        gradient. After `load`."""
+        strengths = getattr(data, "strengths", ())
         self.guidance.check_target(self.prior, self.units, self.energy, strengths)
         # a constraint finds its strengths later
-        steered = any(s > 0 for s in strengths) or hasattr(self.trainer.datamodule, "asked")
-        if self.method.guides and (steered or self.guidance.learns):
+        steered = any(s > 0 for s in strengths) or hasattr(data, "asked")
+        if self.method.guides and (steered or self.guidance.learns) and not self._steerable:
             self.bank.validate(self.prior.image_size or self.prior.denoiser.shape, gradient=True)
+            self._steerable = True
 
     @staticmethod
     def check_trainer(trainer: Trainer) -> None:
