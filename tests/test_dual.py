@@ -279,10 +279,14 @@ def test_tilt_solves_for_each_unit_and_goes_on_where_it_stopped(tmp_path):
         assert entry["text"] in result.report().read_text()
     manifest = result.folder.read_manifest()
     assert manifest["state"] == "complete"
-    assert manifest["timings"]["rows_sampled"] == len(result.folder.done())
+    assert manifest["timings"]["rows_sampled"] == (first := len(result.folder.done()))
     again = tilt(prior, [Projection(u) for u in units], constraint="z=2", **settings)
     assert again.constraint == result.constraint
     assert again.folder.read_manifest()["timings"]["rows_sampled"] == 0
+    assert len(again.folder.read_manifest()["sessions"]) == 1
+    more = tilt(prior, [Projection(u) for u in units], constraint="z=1", **settings)
+    sessions = more.folder.read_manifest()["sessions"]
+    assert [s["rows"] for s in sessions] == [first, len(more.folder.done())]
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,9 @@ class RunFolderWriter(Callback):
         data.skip = {Row(index[u], s, k) for u, s, k in self.folder.done() if u in index}
         data.set_groups(pl_module.method.group_size)
         self.reused = len(data.rows()) - len(data.remaining())
+        if trainer.is_global_zero and self.whole and data.remaining():  # another constraint wants more strengths
+            self.whole = False
+            self.folder.write_manifest(self._source(pl_module))
         pl_module.pilot_store = PilotStore(self.folder, pl_module)
         self.records = RecordStore(self.folder)
 
@@ -78,13 +81,16 @@ class RunFolderWriter(Callback):
         self._claimed = True
         if self.config:
             self.folder.write_config(self.config)
+        self.folder.write_manifest({**self._source(module), "plan": plan, "state": "running"})
+
+    def _source(self, module: SamplingModule) -> dict:
+        """Of the manifest: where everything comes from. With a session of its own, where there are rows to sample; where there are
+        none it goes on saying what made those that are there."""
         source = provenance(module)
-        if self.whole:  # nothing will be sampled: the manifest goes on saying what made the rows
-            source = {k: v for k, v in source.items() if k not in MADE_BY}
-        else:
-            mine = {"started": _now(), **{k: source[k] for k in MADE_BY}}
-            source |= {"started": mine["started"], "sessions": [*self._sessions(), mine]}
-        self.folder.write_manifest(source | {"plan": plan, "state": "running"})
+        if self.whole:
+            return {k: v for k, v in source.items() if k not in MADE_BY}
+        mine = {"started": _now(), **{k: source[k] for k in MADE_BY}}
+        return {**source, "started": mine["started"], "sessions": [*self._sessions(), mine]}
 
     def _sessions(self) -> list[dict]:
         """The calls that had rows of this folder to sample, in order."""
