@@ -192,6 +192,19 @@ def test_the_held_out_error_by_log_snr_is_the_posterior_variance_of_a_gaussian(s
     assert found["val_loss"] == pytest.approx(float((log_snr.exp().clamp(max=5) * variance).mean()), rel=0.02)
 
 
+def test_the_noise_levels_of_a_batch_are_uniform_and_one_in_each_part_of_the_table(tmp_path):
+    write_pixel(tmp_path, ddpm())
+    module, drawn = PriorModule(str(tmp_path)), []
+    module.loss.register_forward_pre_hook(lambda _, args: drawn.append(args[2]))
+    batches = DataLoader(
+        [{"image": torch.zeros(10, 3, 8, 8), "seed": k} for k in range(200)], batch_size=None
+    )
+    Trainer(**TRAINER | {"max_steps": 200}).fit(module, batches)
+    place = torch.stack(drawn).double() / (len(module.loss) / 10)
+    assert (place.floor() == torch.arange(10)).all()
+    assert abs((place % 1).mean() - 0.5) < 4 * (1 / 12 / place.numel()) ** 0.5 + 0.5 / len(module.loss) * 10
+
+
 def test_the_shipped_latent_config_asks_no_hub():
     """Where its folder is not, it says so: a name owner/name would be a stranger's repository."""
     config = Path(__file__).parents[1] / "configs" / "train" / "prior-latent.yaml"

@@ -59,7 +59,9 @@ class RunFolderWriter(Callback):
         data.skip = {Row(index[u], s, k) for u, s, k in self.folder.done() if u in index}
         data.set_groups(pl_module.method.group_size)
         self.reused = len(data.rows()) - len(data.remaining())
-        if trainer.is_global_zero and self.whole and data.remaining():  # another constraint wants more strengths
+        if (
+            trainer.is_global_zero and self.whole and data.remaining()
+        ):  # another constraint wants more strengths
             self.whole = False
             self.folder.write_manifest(self._source(pl_module))
         pl_module.pilot_store = PilotStore(self.folder, pl_module)
