@@ -215,6 +215,8 @@ def test_a_bound_that_its_own_error_leaves_open_is_not_told():
     assert answers.nats(row | {"path_kl_se": 0.4}) == "≤ 2.8 nats"
     assert answers.nats(row | {"path_kl_se": 0.4, "kl_lower_se": None}) == "0.3–2.8 nats"
     assert answers.nats(row | {"kl_lower": -0.1, "kl_lower_se": None}) == "≥ 0 nats"
+    assert answers.bound(2.8, None) == "2.8 (error not known)"
+    assert answers.bound(0.0, 0.0) == "0"
 
 
 def test_the_ideal_law_is_placed_by_its_own_activation_and_only_where_the_energy_tells_it(folder):

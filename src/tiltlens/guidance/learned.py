@@ -5,7 +5,7 @@ make are held against the noise of each step (`tiltlens.guidance.learning`), wit
 denoiser's features corrects what the clean estimate misreads (`tiltlens.guidance.heads`). All of it is frozen before
 the run and shared by all strengths and energies; any shift that is fixed before a step's noise is keeps the weights exact.
 
-Multipliers are those of the least gap at the strength asked for, scale included: the shift of the mean activation is
+Multipliers are those of the least gap to second order in the strength, scale included: the shift of the mean activation is
 efficiency x s Var a, the tilt's own s Var a only where the efficiency is 1. So `Learned` moves less than `Calibrated` at
 one strength where that one over-tilts: compare them at equal nats.
 """

@@ -68,7 +68,8 @@ def bound(value: float | None, se: float | None) -> str | None:
     """In words; None for one that its own error leaves open. An estimate may fall below what KL can be."""
     if value is None or (se and se > max(value, 0.0)):
         return None
-    return plus_minus(max(value, 0.0), se) if se else number(max(value, 0.0), 2)
+    told = plus_minus(max(value, 0.0), se) if se else number(max(value, 0.0), 2)
+    return f"{told} (error not known)" if se is None else told
 
 
 def find_warnings(folder: RunFolder, runs: dict[str, UnitRun] | None = None) -> list[str]:
