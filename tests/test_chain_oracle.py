@@ -29,8 +29,8 @@ LEVELS = {"linear": 0.0, "target": 1.0, "threshold": 1.5}
 MARKOV = [
     (g, e)
     for g in GUIDANCES
-    for e in ("linear", "target")
-    if (g, e) not in (("calibrated", "target"), ("lgd", "linear"))
+    for e in ENERGIES
+    if (g, e) not in (("calibrated", "target"), ("calibrated", "threshold"), ("lgd", "linear"))
 ]
 N = 2000
 

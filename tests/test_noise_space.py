@@ -99,7 +99,7 @@ def test_a_longer_ladder_closes_the_gap():
 
 
 @each_energy
-@pytest.mark.parametrize("d", [2, 16])
+@pytest.mark.parametrize("d", [2, 16, 64])
 def test_log_z_in_more_dimensions(energy, d):
     """Truth: 40,000 unguided samples of the same chain, re-weighted."""
     e, _ = ENERGIES[energy]

@@ -150,7 +150,7 @@ def test_particles_may_change_places_at_every_step(threshold, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "dimension", "energy"),
     [
-        *((name, d, LINEAR) for name in ("exact", "calibrated") for d in (1, 2, 16)),
+        *((name, d, LINEAR) for name in ("exact", "calibrated") for d in (1, 2, 16, 64)),
         *((name, d, TARGET) for name, d in (("exact", 64), ("calibrated", 64), ("natural", 8))),
     ],
 )

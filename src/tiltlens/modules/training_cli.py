@@ -38,6 +38,7 @@ from tiltlens.modules.step_monitor import StepMonitor
 from tiltlens.modules.wandb_curve import place_wandb
 
 CONFIG = "config.yaml"
+LONGEST = 1e6  # minutes between checkpoints: two years
 LOGGER = {
     "class_path": "lightning.pytorch.loggers.WandbLogger",
     "init_args": {"project": "tiltlens", "offline": True},
@@ -107,8 +108,8 @@ class TrainingCLI(CommandLine):
         # Both write the one file that `--ckpt_path last` finds. Lightning's save_last would write it at the
         # end of training again, when the average has taken the place of the weights to go on from.
         minutes = self._get(self.config, "save_minutes")
-        if not 0 <= minutes < math.inf:
-            raise UserError(f"save_minutes = {minutes}: expected a finite number of at least 0")
+        if not 0 <= minutes <= LONGEST:
+            raise UserError(f"save_minutes = {minutes}: expected a number from 0 to {LONGEST:g}")
         every = {"dirpath": out / "checkpoints", "filename": "last", "enable_version_counter": False}
         checkpoints = [
             StepCheckpoint(train_time_interval=timedelta(minutes=minutes), **every),
