@@ -10,8 +10,7 @@ gets below -log Z(s). All rows of a unit share one pool of unguided samples (its
 log Z(l) of the bound; --bound draws more of them for these three, for 256 cannot tell log Z at a shift of two), and all
 guidances share their seeds and twins. p is the law of this chain at strength 0. The twist
 of Calibrated sees no more than sample.py gives it: the first --pilot trajectories of the pool. Learned learns on all of it.
-natural: by the unit's own law, as Learned is but in the row called gaussian; finite: shifts for steps of finite length, and not Tweedie's; symmetric:
-pulled back by the symmetric part of the denoiser's Jacobian.
+natural: by the unit's own law, as Learned is but in the row called gaussian; finite: shifts for steps of finite length, and not Tweedie's.
 Rows called noise-aware read clean estimates by the twin of --noise-aware (a folder of NoiseAwareModule, or bundled), the others never do.
 
 +- is one standard error: bootstrap over seeds and pool, seeds in common. A kl_lower with ">=" lies at the edge of
@@ -64,7 +63,7 @@ GUIDANCES = {
     ),
     "Learned, gaussian, tweedie, noise-aware": lambda: Learned(law="gaussian", finite=False),
     "Learned, noise-aware": Learned,
-    "Learned, symmetric, noise-aware": lambda: Learned(symmetric=True),
+    "Learned, finite, noise-aware": lambda: Learned(finite=True),
 }
 AWARE = ", noise-aware"  # clean estimates are read by the twin of --noise-aware
 PUBLISHED = [  # what is run unless --guidance asks: nothing that is fitted

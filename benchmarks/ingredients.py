@@ -9,8 +9,7 @@ strength as it is, 1 for no guidance at all and more for one that over-tilts. Th
 that they were not fitted to. +- is one standard error, over trajectories; rows share them, so that their differences
 are known better than that. passes: forwards and vector-Jacobian products of the denoiser and of the encoder, a sample and step, mean
 over the chain (an unguided step is one). With --noise-aware all but the redraws once more, the clean estimates read by
-the twin in this folder, from the same noise, and with --symmetric these again, pulled back by the symmetric part of the
-denoiser's Jacobian. Shifts are Tweedie's: what finite steps and the natural law save shows at finite
+the twin in this folder, from the same noise. Shifts are Tweedie's: what finite steps and the natural law save shows at finite
 shifts alone (guidance.py). The table goes to stdout, progress to stderr.
 """
 
@@ -49,7 +48,7 @@ ROWS = (
     "+ learned multipliers",
     "+ learned twist",
 )
-AWARE, SYMMETRIC = "noise-aware: ", "noise-aware, symmetric: "
+AWARE = "noise-aware: "
 AGAIN = [r for r in ROWS if r not in ("DPS", "+ redraws")]  # with a twin
 
 
@@ -68,12 +67,11 @@ class Figure:
 
 
 class Bench:
-    """One prior, one chain, one pilot. twin: a folder; clean estimates are read by it, and there are no redraws. symmetric: two
-    forwards more a guided step."""
+    """One prior, one chain, one pilot. twin: a folder; clean estimates are read by it, and there are no redraws."""
 
-    def __init__(self, asked: argparse.Namespace, twin: str | None = None, symmetric: bool = False):
-        self.asked, self.redraws, self.aside = asked, 0 if twin else asked.redraws, 2 * symmetric
-        self.guidance = Learned(smoothing=1, redraws=self.redraws, shadows=asked.shadows, symmetric=symmetric)
+    def __init__(self, asked: argparse.Namespace, twin: str | None = None):
+        self.asked, self.redraws = asked, 0 if twin else asked.redraws
+        self.guidance = Learned(smoothing=1, redraws=self.redraws, shadows=asked.shadows)
         prior, bank = (
             load_prior(asked.prior, precision=asked.precision),
             UnitBank([build_unit(u) for u in asked.units]),
@@ -131,14 +129,14 @@ class Bench:
         headed = torch.zeros(steps, dtype=torch.bool) if self.heads is None else self.heads.gain[unit] > 0
         learned = settle(seen, slope, intercept, self.sampler.chain.log_snr, headed, variance)
         guided, late = float(read.double().mean()), float((read | headed).double().mean())
-        redraw = (3 * k + self.aside) * guided  # a forward of the denoiser, both passes of the encoder
+        redraw = 3 * k * guided  # a forward of the denoiser, both passes of the encoder
         multipliers = learned.found["multipliers"]
         kappa = ", ".join(f"{x:.2f}" for x in learned.kappa.tolist())
         taken = f"taken: {learned.kind}; kappa {kappa}"
         found = [
             (told(one, *plain), 4.0, ""),
-            (told(slope, *plain), 1 + (3 + self.aside) * guided, ""),
-            (told(slope, *columns[own]), 1 + (3 + self.aside) * guided, ""),
+            (told(slope, *plain), 1 + 3 * guided, ""),
+            (told(slope, *columns[own]), 1 + 3 * guided, ""),
             (told(slope, *columns[0]), 1 + 3 * guided + redraw, f"{k} redraws"),
             (multipliers, 1 + 3 * guided + redraw, taken),
             (learned.found.get("head", multipliers), 1 + 2 * guided + late + redraw, f"head at {int(headed.sum())} steps"),
@@ -187,9 +185,6 @@ def arguments_of_command() -> argparse.Namespace:
     parser.add_argument("--shadows", type=int, default=128, help="of these, run again")
     parser.add_argument("--redraws", type=int, default=4)
     parser.add_argument("--noise-aware", help="the folder of a twin that reads clean estimates")
-    parser.add_argument(
-        "--symmetric", action="store_true", help="with --noise-aware: these rows a second time"
-    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--quick", action="store_true", help="does it run: one unit, a few steps")
@@ -197,8 +192,6 @@ def arguments_of_command() -> argparse.Namespace:
     if asked.quick:
         asked.steps, asked.pilot, asked.shadows, asked.redraws = 6, 32, 32, 1
         asked.units = asked.units[:1]
-    if asked.symmetric and not asked.noise_aware:
-        parser.error("--symmetric needs --noise-aware FOLDER")
     if not 32 <= asked.shadows <= asked.pilot:
         parser.error("expected 32 <= --shadows <= --pilot")
     return asked
@@ -209,10 +202,9 @@ def main() -> None:
     bench = Bench(asked)
     figures = [f for unit in range(len(asked.units)) for f in bench.rows(unit)]
     if asked.noise_aware:
-        for prefix in (AWARE, SYMMETRIC)[: 1 + asked.symmetric]:
-            again = Bench(asked, asked.noise_aware, prefix == SYMMETRIC)
-            for unit in range(len(asked.units)):
-                figures += [replace(f, name=prefix + f.name) for f in again.rows(unit) if f.name in AGAIN]
+        again = Bench(asked, asked.noise_aware)
+        for unit in range(len(asked.units)):
+            figures += [replace(f, name=AWARE + f.name) for f in again.rows(unit) if f.name in AGAIN]
         names = [u.name for u in bench.sampler.bank.units]
         figures.sort(key=lambda f: names.index(f.unit))
     seconds, prior = time.perf_counter() - start, bench.sampler.prior

@@ -18,7 +18,6 @@ GUIDANCES = {
     "dps": DPS, "lgd": lambda: LGD(samples=2), "mpgd": MPGD, "moment matched": MomentMatched, "exact": Exact,
     "calibrated": Calibrated, "calibrated, no memory": lambda: Calibrated(memory=0),
     "calibrated, redraws": lambda: Calibrated(redraws=2), "learned": Learned,
-    "calibrated, symmetric": lambda: Calibrated(symmetric=True),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", GUIDANCES)
 ENERGIES = {"linear": Linear(False), "target": Target(1.0, 0.7, False), "threshold": Threshold(1.5, False)}

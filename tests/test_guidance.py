@@ -21,7 +21,6 @@ GUIDANCES = {
     "dps": DPS, "lgd": LGD, "mpgd": MPGD, "moment matched": MomentMatched, "exact": Exact, "calibrated": Calibrated,
     "calibrated, no memory": lambda profile=None: Calibrated(memory=0, profile=profile), "learned": Learned,
     "calibrated, natural": lambda profile=None: Calibrated(law="natural", finite=True, profile=profile),
-    "calibrated, symmetric": lambda profile=None: Calibrated(symmetric=True, profile=profile),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", GUIDANCES)
 
@@ -172,10 +171,7 @@ def test_a_guided_step_costs_one_forward_and_an_unguided_one_no_graph(name):
     for t, bound, guided in [(100, rows, True), (20, rows, False), (190, rows, False), (100, silent, False)]:
         denoiser, graphs = watched()
         out = shift(guidance, bound, PLANE, normal(2, 2), t, denoiser=denoiser)
-        aside = [False, False] if guided and "symmetric" in name else []  # two more forwards, without a graph
-        assert graphs == [guided and name != "mpgd", *aside], (
-            f"{name}, t {t}: a graph for each forward: {graphs}"
-        )
+        assert graphs == [guided and name != "mpgd"], f"{name}, t {t}: a graph for each forward: {graphs}"
         assert (out.shift is not None) == guided, f"{name}, t {t}"
         assert not out.x0_hat.requires_grad
         assert not guided or not out.shift.requires_grad

@@ -24,10 +24,8 @@ import torch
 from torch import Tensor
 
 from tiltlens.constraint import RowConstraint
-from tiltlens.denoiser import Denoiser
 from tiltlens.guidance.channel import NaturalLaws
 from tiltlens.guidance.guidance import Guidance, PilotTables, Step, finite_step, per_row
-from tiltlens.guidance.symmetric import jacobian_product
 
 KAPPA = 0.5  # of the noise that is drawn anew; at 0.8 the images are those of a blurrier prior, and mislead
 LAWS = ("gaussian", "natural")
@@ -50,8 +48,7 @@ class Calibrated(Guidance):
     encoder; 1 is the image as it is. Vectors have one view. redraws: estimates with noise drawn anew that are averaged
     besides, each one more forward of the denoiser, without a graph, and a pass of the encoder. law: of a(x_0) given its
     mean, gaussian or natural; a unit without natural activations has the Gaussian one. finite: shifts for steps of finite length
-    (`tiltlens.guidance.guidance.finite_step`); Tweedie's are those of short ones. symmetric: of the denoiser's Jacobian the symmetric
-    part alone pulls gradients back (`tiltlens.guidance.symmetric`), two more forwards, without a graph.
+    (`tiltlens.guidance.guidance.finite_step`); Tweedie's are those of short ones.
     """
 
     needs_pilot = True
@@ -63,7 +60,6 @@ class Calibrated(Guidance):
         redraws: int = 0,
         law: str = "gaussian",
         finite: bool = False,
-        symmetric: bool = False,
         profile: Any = None,
     ):
         super().__init__(profile)
@@ -76,7 +72,7 @@ class Calibrated(Guidance):
         if law not in LAWS:
             raise ValueError(f"{type(self).__name__}: law must be one of {', '.join(LAWS)}, found {law!r}")
         self.memory, self.smoothing, self.redraws = memory, smoothing, redraws
-        self.law, self.finite, self.symmetric = law, finite, symmetric
+        self.law, self.finite = law, finite
         self._tables: PilotTables | None = None
         self._known: list[Tensor] = []
         self._natural: NaturalLaws | None = None
@@ -119,16 +115,6 @@ class Calibrated(Guidance):
             return per_row(slope * part.to(slope), g) * g, log_psi
 
         return per_row(present, h) * average, Memory(h, weight), after
-
-    def pull(
-        self, denoiser: Denoiser, leaf: Tensor, x0_hat: Tensor, h: Tensor, step: Step, keep: bool = False
-    ) -> Tensor:
-        """J^T h, or (J + J^T) h / 2. A clipped value has no derivative, and the rest of J is the covariance's."""
-        g = super().pull(denoiser, leaf, x0_hat, h, step, keep)
-        if not self.symmetric:
-            return g
-        free = h * (x0_hat.detach().abs() < 1) if step.clip else h
-        return (g + jacobian_product(denoiser, leaf.detach(), free, step.t)) / 2
 
     def log_psi(
         self, mean: Tensor, variance: Tensor, step: Step, rows: RowConstraint, own: Tensor | None = None

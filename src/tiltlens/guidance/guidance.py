@@ -211,14 +211,8 @@ class Guidance:
         found = clean.detach()
         step = replace(step, redraw=lambda k, kappa: redrawn(denoiser, x_t.detach(), found, step, k, kappa))
         cotangent, memory, after = self.cotangent(clean, step, rows, memory)
-        g = self.pull(denoiser, leaf, x0_hat, cotangent, step)
+        (g,) = torch.autograd.grad(x0_hat, leaf, cotangent.to(x0_hat.dtype))
         return x0_hat, *after(g, cotangent), memory
-
-    def pull(
-        self, denoiser: Denoiser, leaf: Tensor, x0_hat: Tensor, h: Tensor, step: Step, keep: bool = False
-    ) -> Tensor:
-        """J^T h (B, *shape), the cotangent h of x0_hat pulled back to x_t, its leaf. keep: the graph, for more."""
-        return torch.autograd.grad(x0_hat, leaf, h.to(x0_hat.dtype), retain_graph=keep)[0]
 
     def shift(self, g: Tensor, step: Step, rows: RowConstraint) -> Tensor:
         """(sigma_t^2 / alpha_t) g, times the profile; exactly zero where the strength is."""

@@ -116,7 +116,7 @@ class Learned(Calibrated):
     where the pilot cannot tell better; of a list of smoothings the first is the default's, and each of the others one more
     candidate (and one more backward pass of the encoder a step). shadows: pilot trajectories that are run again; more than there are means all.
     head: learn the head on the denoiser's features too. spread: and one for the variance of what is left over; the shift has its
-    gradient, and target and threshold energies its value. law, finite, symmetric: as of Calibrated; the natural law by default, and Tweedie's
+    gradient, and target and threshold energies its value. law, finite: as of Calibrated; the natural law by default, and Tweedie's
     shifts, for multipliers are fitted to the steps as they are. Needs a pilot of at least 32 trajectories and noise (eta > 0).
 
     Candidates: the default, then the same gradient with the time constants 0 (the step alone), 2 and 6 of memory, with
@@ -127,12 +127,12 @@ class Learned(Calibrated):
 
     def __init__(
         self, memory: float = 2.0, smoothing: int | list[int] = 2, redraws: int = 0, shadows: int = 128, head: bool = True,
-        spread: bool = False, law: str = "natural", finite: bool = False, symmetric: bool = False, profile: Any = None,
+        spread: bool = False, law: str = "natural", finite: bool = False, profile: Any = None,
     ):  # fmt: skip
         views = list(smoothing) if isinstance(smoothing, (list, tuple)) else [smoothing]
         if not views or len(set(views)) < len(views) or not all(1 <= k <= len(VIEWS) for k in views):
             raise ValueError(f"Learned: expected different smoothings in 1..{len(VIEWS)}, found {smoothing}")
-        super().__init__(memory, views[0], redraws, law, finite, symmetric, profile)
+        super().__init__(memory, views[0], redraws, law, finite, profile)
         self.smoothing, self._views = smoothing, views
         if shadows < LEAST_PILOT:
             raise ValueError(f"Learned: shadows must be at least {LEAST_PILOT}, found {shadows}")
@@ -243,9 +243,9 @@ class Learned(Calibrated):
             head_part = per_row(force * shares[:, -1], weight) * weight
             for more in widening:
                 head_part = head_part + per_row(more, wide) * wide
-        if (self.finite or self.symmetric) and read:
-            g = self.pull(denoiser, leaf, x0_hat, cotangent, step, keep=headed or spread)
-            g = per_row(finite_step(cotangent, g, step), g) * g if self.finite else g
+        if self.finite and read:
+            (g,) = pull(x0_hat, grad_outputs=clean_part, retain_graph=headed or spread)
+            g = per_row(finite_step(cotangent, g, step), g) * g
             g = g + pull(phi, grad_outputs=head_part)[0] if headed or spread else g
         elif headed or spread:
             (g,) = pull([x0_hat, phi], grad_outputs=[clean_part, head_part])

@@ -210,7 +210,7 @@ def _look(
             x0_hat, phi = clean_and_features(chain.denoiser, leaf, step.t, step.clip)
         else:
             x0_hat = clean_estimate(chain.denoiser, leaf, step.t, step.clip)
-        pull = lambda h: guidance.pull(chain.denoiser, leaf, x0_hat, h, step, keep=True)  # noqa: E731
+        pull = lambda h: torch.autograd.grad(x0_hat, leaf, h.to(x0_hat.dtype), retain_graph=True)[0]  # noqa: E731
         if read or plain:
             clean, step = guidance.leaf(chain.denoiser, x_t, x0_hat, step)
             found = guidance.read(clean, step, rows)
