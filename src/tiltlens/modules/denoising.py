@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tiltlens.errors import UserError
 from tiltlens.priors.families import Family
 
+Network = Callable[[Tensor, Tensor], Tensor]
 LOG_SNR_EDGES = (-4.0, -2.0, 0.0, 2.0, 4.0)
 
 
@@ -64,17 +65,25 @@ class DenoisingLoss(nn.Module):
         return self.table.shape[1]
 
     def forward(
-        self, network: Callable[[Tensor, Tensor], Tensor], x_0: Tensor, t: Tensor, generator: torch.Generator
+        self,
+        network: Network,
+        x_0: Tensor,
+        t: Tensor,
+        generator: torch.Generator,
+        teacher: Network | None = None,
     ) -> Errors:
-        """network: F(x (B, ...), time (B,)). x_0 (B, ...), t (B,) indices of the training table, cleanest first."""
+        """network: F(x (B, ...), time (B,)). x_0 (B, ...), t (B,) indices of the training table, cleanest first. teacher: whose F
+        takes the place of F* in the loss; the error of x0_hat is against x_0 all the same."""
         eps = torch.randn(x_0.shape, generator=generator, device=generator.device).to(x_0)
         at = dict(zip(self.ROWS, self.table[:, t.to(self.table.device)]))
         wide = {k: v.view(-1, *(1,) * (x_0.ndim - 1)) for k, v in at.items()}
         x_t = wide["alpha"] * x_0 + wide["sigma"] * eps
         target = wide["of_clean"] * x_0 + wide["of_noise"] * eps
-        f = network(wide["scale_in"] * x_t, at["time"])
-        error = (f.float() - target).square().flatten(1).mean(1)
-        return Errors(at["weight"] * error, at["out2"] * error, at["log_snr"])
+        f = network(wide["scale_in"] * x_t, at["time"]).float()
+        error = loss = (f - target).square().flatten(1).mean(1)
+        if teacher:
+            loss = (f - teacher(wide["scale_in"] * x_t, at["time"])).square().flatten(1).mean(1)
+        return Errors(at["weight"] * loss, at["out2"] * error, at["log_snr"])
 
 
 def by_noise(clean: Tensor, log_snr: Tensor) -> dict[str, tuple[Tensor, int]]:

@@ -20,6 +20,7 @@ from tiltlens.batches import in_equal_batches
 from tiltlens.denoiser import NetworkDenoiser
 from tiltlens.errors import UserError
 from tiltlens.modules import prior_pipeline
+from tiltlens.modules.autoguidance import Autoguidance, Teacher
 from tiltlens.modules.checkpoints import drop_frozen, restore_frozen
 from tiltlens.modules.denoising import DenoisingLoss, Errors, by_noise
 from tiltlens.modules.image_data import Batch
@@ -49,7 +50,8 @@ class PriorModule(LightningModule):
     init_from: a prior to go on from: "bundled", a diffusers folder or a hub name; None to start anew with `network`
     (arguments of UNet2DModel), `scheduler` (of DDPMScheduler, or of the class in its key `_class_name`) and, for
     latents, `autoencoder` (a latent prior whose own is taken, or a config with its `_class_name`). lora: None to train
-    every weight. prompt: the fixed text of a text-conditional prior. gamma: of min-SNR, None for equal weights.
+    every weight. autoguidance: a teacher in place of the images' own noise (`tiltlens.modules.autoguidance`).
+    prompt: the fixed text of a text-conditional prior. gamma: of min-SNR, None for equal weights.
     flip: mirror half of the images. learning_rate: the peak, reached after the share `warmup` of all steps and held;
     falls to 0 over the last share `decay`, in the form `decay_shape` (constant: decay 0; cosine: decay 1, cosine).
     latent_cache: the folder of latents. fused_attention: False where the fused kernel is the slow one, as in a CPU's
@@ -66,6 +68,7 @@ class PriorModule(LightningModule):
         scheduler: dict[str, Any] | None = None,
         autoencoder: str | dict[str, Any] | None = None,
         lora: LoRA | None = None,
+        autoguidance: Autoguidance | None = None,
         prompt: str = "",
         gamma: float | None = 5.0,
         flip: bool = True,
@@ -82,6 +85,8 @@ class PriorModule(LightningModule):
         check_rate(learning_rate, weight_decay, warmup, decay)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup, self.decay, self.decay_shape, self.flip = warmup, decay, decay_shape, flip
+        # a plain object: of the teacher nothing is trained, averaged or kept in checkpoints
+        self.teacher = Teacher(autoguidance, init_from, prompt) if autoguidance else None
         self.pipeline = prior_pipeline.begin(init_from, network, scheduler, autoencoder)
         self.scheduler, self.family = self.pipeline.scheduler, read_family(self.pipeline.scheduler)
         self.loss = DenoisingLoss(self.family, gamma)
@@ -183,6 +188,7 @@ class PriorModule(LightningModule):
             "autoencoder": self.latents.folder.name if self.latents else None,
             "model.prompt": self.prompt,
             "model.lora.alpha / rank": self.lora_scale,
+            "model.autoguidance": self.teacher.identity() if self.teacher else None,
         }
 
     @property
@@ -219,7 +225,7 @@ class PriorModule(LightningModule):
                 batch["seed"]
             )  # dropout draws from the global generator: the batch names it too
         t = self._levels(len(images), generator)
-        loss = self.loss(self, self.encode(images), t, generator).loss.mean()
+        loss = self.loss(self, self.encode(images), t, generator, self.teacher).loss.mean()
         self.log("train_loss", loss, prog_bar=True, batch_size=len(images))
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"], batch_size=len(images))
         return loss
@@ -228,7 +234,7 @@ class PriorModule(LightningModule):
         """The errors of a batch, from which few images make a steady number."""
         generator = self._generator(batch)
         t = self._levels(len(batch["image"]), generator)
-        return self.loss(self, self.encode(batch["image"]), t, generator)
+        return self.loss(self, self.encode(batch["image"]), t, generator, self.teacher)
 
     def _levels(self, n: int, generator: torch.Generator) -> Tensor:
         """t (n,), each uniform on the table and one in each n-th of it: less noise than n independent ones, in a mean and in a
@@ -239,7 +245,8 @@ class PriorModule(LightningModule):
         )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Logs val_loss (weighted as in training) and the mean squared error of x0_hat by bins of log-SNR."""
+        """Logs val_loss (weighted as in training, against the teacher where there is one) and the mean squared error of x0_hat by
+        bins of log-SNR."""
         errors = self.held_out(batch)
         n = len(errors.loss)
         self.log("val_loss", errors.loss.mean(), prog_bar=True, batch_size=n, sync_dist=True)
