@@ -26,6 +26,7 @@ from tiltlens.modules.image_decoding import decode, to_rgb
 from tiltlens.modules.image_shards import expand_braces
 from tiltlens.modules.image_sources import open_source
 from tiltlens.modules.training_cli import TrainingCLI
+from tiltlens.sampling.natural_images import load_image
 
 SIZE = 8
 CONFIGS = Path(__file__).parents[1] / "configs" / "train"
@@ -530,6 +531,9 @@ def test_a_torchvision_set_of_files_has_the_pixels_of_the_folder(tmp_path):
     for i in range(2):
         assert torch.equal(decode(theirs, i, 8, 8), decode(ours, i, 8, 8))
         assert theirs.name(i) == ours.name(i)
+        with ours.open(i) as image:  # as model.natural reads it
+            pixel = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+        assert torch.equal(load_image(tmp_path / ours.name(i)), pixel / 127.5 - 1)
 
 
 @pytest.mark.parametrize("wrong", ["image_size=5", "num_classes=0"])

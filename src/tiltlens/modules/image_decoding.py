@@ -17,26 +17,10 @@ from torch import Tensor
 
 from tiltlens.errors import UserError
 from tiltlens.modules.image_sources import ImageSource
-from tiltlens.sampling.natural_images import upright
+from tiltlens.sampling.natural_images import to_rgb
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 NAMED = 5  # broken images named in the error itself; all of them are in the log
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image of Pillow -> 8-bit RGB, upright, alpha on white. Raises ValueError for pixels of unknown range."""
-    image = upright(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would clip at 255 and turn it white
-        values = np.asarray(image).astype(np.float64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"grey values {values.min():g}..{values.max():g}: expected 8 or 16 bits")
-        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("pixels are floating-point numbers of unknown range: expected 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 def decode(

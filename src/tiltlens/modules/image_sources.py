@@ -14,7 +14,6 @@ why one batch is a function of its number alone, however large the set: nothing 
 import hashlib
 import inspect
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
@@ -28,8 +27,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from tiltlens.errors import UserError
 from tiltlens.modules.image_shards import ShardSource
+from tiltlens.sampling.natural_images import SUFFIXES, files_below
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 FAKE_HELD_OUT = 1 << 31  # the seed of FakeData's first held-out image: beyond any of training
 FAKE_SIZE = 512  # images of FakeData where its size is not given: enough for a smoke run
 
@@ -108,20 +107,6 @@ class FolderSource:
 
     def open(self, i: int) -> Image.Image:
         return Image.open(self.files[i])
-
-
-def files_below(root: Path) -> Iterator[Path]:
-    """Every file below root, in linked folders too; a link back to a folder that it lies in is not followed.
-
-    Names that begin with a dot are left out: .ipynb_checkpoints is no class, ._1.png (of macOS) no image.
-    """
-    above = {str(root): {os.path.realpath(root)}}
-    for folder, inner, names in os.walk(root, followlinks=True):
-        entered = above.pop(folder)
-        real = {name: os.path.realpath(os.path.join(folder, name)) for name in inner}
-        inner[:] = [n for n in inner if real[n] not in entered and not n.startswith(".")]
-        above |= {os.path.join(folder, name): entered | {real[name]} for name in inner}
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 class FakeImages(datasets.FakeData):

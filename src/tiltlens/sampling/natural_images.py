@@ -1,5 +1,11 @@
-"""Natural images from a folder, as a unit would see them from the prior: cropped and resized to the prior's size."""
+"""Natural images from a folder, as a unit would see them from the prior: cropped and resized to the prior's size.
 
+Which files of a folder are images, and what colours they have, is the same for training (`modules.image_sources`,
+`modules.image_decoding`).
+"""
+
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +19,7 @@ TURNED = {  # EXIF orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
 def read_natural_members(
@@ -37,10 +43,10 @@ def natural_files(folder: str) -> list[Path]:
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"natural: expected an image folder, found no folder at {folder!r}")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = sorted(p for p in files_below(root) if p.suffix.lower() in SUFFIXES)
     if len(files) < 16:
         raise ValueError(
-            f"natural: expected at least 16 images ({', '.join(sorted(SUFFIXES))}) in {folder!r}, found {len(files)}"
+            f"natural: expected at least 16 images ({', '.join(SUFFIXES)}) in {folder!r}, found {len(files)}"
         )
     return files
 
@@ -54,14 +60,44 @@ def upright(image: Image.Image) -> Image.Image:
     return image if turned is None else image.transpose(turned)
 
 
+def files_below(root: Path) -> Iterator[Path]:
+    """Every file below root, in linked folders too; a link back to a folder that it lies in is not followed.
+
+    Names that begin with a dot are left out: .ipynb_checkpoints is no class, ._1.png (of macOS) no image.
+    """
+    above = {str(root): {os.path.realpath(root)}}
+    for folder, inner, names in os.walk(root, followlinks=True):
+        entered = above.pop(folder)
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in inner}
+        inner[:] = [n for n in inner if real[n] not in entered and not n.startswith(".")]
+        above |= {os.path.join(folder, name): entered | {real[name]} for name in inner}
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image of Pillow -> 8-bit RGB, upright, alpha on white. Raises ValueError for pixels of unknown range."""
+    image = upright(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel: convert("RGB") would clip at 255 and turn it white
+        values = np.asarray(image).astype(np.float64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"grey values {values.min():g}..{values.max():g}: expected 8 or 16 bits")
+        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers of unknown range: expected 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
 def load_image(path: Path, side: int | None = None) -> Tensor:
     """(3, H, W) in [-1, 1], EXIF rotation applied; with a side, the centre square of it, resized by Lanczos."""
     try:
         with Image.open(path) as image:
-            rgb = upright(image).convert("RGB")
+            rgb = to_rgb(image)
             if side is not None:
                 rgb = ImageOps.fit(rgb, (side, side), Image.Resampling.LANCZOS)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"natural: {path} cannot be read as an image ({error}); remove it or repair it"
         ) from error
