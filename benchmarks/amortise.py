@@ -28,8 +28,8 @@ from tiltlens.modules.training_cli import TrainingCLI
 from tiltlens.priors import GaussianMixture, load_prior
 from tiltlens.sampling.chain_sampler import Samples
 from tiltlens.sampling.plan import Row
+from tiltlens.sampling.sample_pool import Pool, run_pool
 from tiltlens.sampling.sampler import Sampler
-from tiltlens.sampling.warm_start import Pool, run_pool
 from tiltlens.units import Projection, UnitBank, build_unit
 
 SMOKE = Path(__file__).parent.parent / "configs" / "train" / "amortise-smoke.yaml"

@@ -39,8 +39,8 @@ from tiltlens.guidance import DPS, LGD, MPGD, Calibrated, Guidance, Learned, Mom
 from tiltlens.priors import load_prior
 from tiltlens.sampling.pilot import UnitPilot
 from tiltlens.sampling.plan import Row
+from tiltlens.sampling.sample_pool import run_pool
 from tiltlens.sampling.sampler import Sampler
-from tiltlens.sampling.warm_start import run_pool
 from tiltlens.units import UnitBank, build_unit
 from tiltlens.units.noise_aware import CONFIG, WEIGHTS, twin_folder
 from tiltlens.units.twins import adopt_twins

@@ -11,6 +11,9 @@ held-out images, 0.01 where nothing is). Then the error of x0_hat, the mean of |
 bins of log-SNR (t uniform on the training table) and the min-SNR-5 loss over all. Without TRAIN the floor is that of two
 halves of HELD_OUT, and copies are not looked for. +- standard error over images. All of it is repeated to the digit by
 the same command.
+
+--weak PRIOR --weight W: samples of both networks, the prior's and a weaker one's, extrapolated: x0_hat + W (x0_hat - that of
+the weak one). It says which weight a student should be taught (configs/train/prior-autoguided.yaml).
 """
 
 import argparse
@@ -22,6 +25,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
+from tiltlens.denoiser import Denoiser
 from tiltlens.errors import UserError
 from tiltlens.metrics import EncoderFeatures, quality, sample_images
 from tiltlens.metrics.denoising_error import denoised
@@ -31,6 +35,19 @@ from tiltlens.priors import DiffusersPrior, load_prior
 
 READ = 64
 GRID = 64
+
+
+class Extrapolated(Denoiser):
+    """Autoguidance by two networks (`tiltlens.modules.autoguidance`)."""
+
+    def __init__(self, strong: Denoiser, weak: Denoiser, weight: float):
+        super().__init__()
+        self.strong, self.weak, self.weight = strong, weak, weight
+        self.schedule, self.shape = strong.schedule, strong.shape
+
+    def forward(self, x_t: torch.Tensor, t: int) -> torch.Tensor:
+        x0_hat = self.strong(x_t, t)
+        return x0_hat + self.weight * (x0_hat - self.weak(x_t, t))
 
 
 def drawn(text: str, size: int, n: int, held_out: bool) -> torch.Tensor:
@@ -47,6 +64,13 @@ def write_grid(images: torch.Tensor, file: Path) -> None:
     picture.save(file, optimize=True)
 
 
+def denoiser_of(prior: DiffusersPrior, asked: argparse.Namespace) -> Denoiser:
+    if not asked.weak:
+        return prior.denoiser
+    weak = load_prior(asked.weak, precision=asked.precision).to(asked.device)
+    return Extrapolated(prior.denoiser, weak.denoiser, asked.weight)
+
+
 def print_samples(prior: DiffusersPrior, held_out: torch.Tensor, asked: argparse.Namespace) -> None:
     features, device = EncoderFeatures(asked.encoder), asked.device
     if asked.train:
@@ -55,7 +79,7 @@ def print_samples(prior: DiffusersPrior, held_out: torch.Tensor, asked: argparse
         n = min(asked.n, len(held_out) // 2)
         held_out, train = held_out[:n], held_out[n:]
     start = time.process_time()
-    images = sample_images(prior.denoiser, prior.decode, range(n), asked.steps, asked.eta, device)
+    images = sample_images(denoiser_of(prior, asked), prior.decode, range(n), asked.steps, asked.eta, device)
     seconds = time.process_time() - start
     if asked.grid:
         write_grid(images, asked.grid)
@@ -63,7 +87,8 @@ def print_samples(prior: DiffusersPrior, held_out: torch.Tensor, asked: argparse
     if asked.train:
         sets.append(features.of(train.flip(-1).split(READ), device))
     found = quality(*sets)
-    told = f"{asked.steps} steps uniform in log-SNR, eta = {asked.eta:g}, seeds 0..{n - 1}, {seconds:.0f} s of processor time"
+    told = f"weak {asked.weak}, weight {asked.weight:g}; " if asked.weak else ""
+    told += f"{asked.steps} steps uniform in log-SNR, eta = {asked.eta:g}, seeds 0..{n - 1}, {seconds:.0f} s of processor time"
     print(f"samples: {told}; features of the encoder {asked.encoder}; {len(train)} training images")
     for name, value in found.items():
         stem, _, count = name.rpartition("_")
@@ -100,6 +125,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--eta", type=float, default=1.0)
     parser.add_argument("--grid", type=Path, help="write the first 64 samples, eight by eight, as PNG")
+    parser.add_argument("--weak", help="a weaker prior of the same kind, to extrapolate from")
+    parser.add_argument("--weight", type=float, default=2.0, help="of the extrapolation")
     parser.add_argument("--precision", default="float32", help="of the prior's network: float32 or bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args()
@@ -111,7 +138,8 @@ def main() -> None:
         prior = load_prior(asked.prior, precision=asked.precision).to(asked.device)
         if asked.data is None:
             seeds = range(min(asked.n, GRID))
-            images = sample_images(prior.denoiser, prior.decode, seeds, asked.steps, asked.eta, asked.device)
+            denoiser = denoiser_of(prior, asked)
+            images = sample_images(denoiser, prior.decode, seeds, asked.steps, asked.eta, asked.device)
             return write_grid(images, asked.grid)
         held_out = drawn(asked.data, prior.image_size, 10**9, True)
         print_denoising(prior, held_out[: asked.n_loss], asked.device)

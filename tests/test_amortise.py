@@ -34,18 +34,12 @@ from tiltlens.sampling.adjoint import (
 from tiltlens.sampling.noise import Noise
 from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler
-from tiltlens.sampling.warm_start import trusted_weights
 from tiltlens.units import Projection, UnitBank, build_unit
 
 CONFIG = Path(__file__).parent.parent / "configs" / "train" / "amortise-smoke.yaml"
 W, S, STEPS = [1.0, 0.5], 1.0, 24  # as in the smoke config
 MIXTURE = ([0.7, 0.3], [[-1.0, 0.0], [2.0, 1.0]], [0.5, 0.25])
 CHAIN = {"steps": STEPS, "eta": 1.0, "spacing": "log-snr", "clip": False}
-
-
-@pytest.fixture(autouse=True)
-def _no_arguments(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py"])
 
 
 def sampler(prior, guidance=None, steps=STEPS, energy=None, unit=None, method=None, clip=False):
@@ -244,16 +238,6 @@ def test_the_loss_of_drawn_steps_is_on_average_that_of_all():
     assert abs(float(drawn.mean()) - whole) < 4 * float(drawn.std()) / 4000**0.5
 
 
-def test_warm_start_weights_keep_the_ess_that_is_asked():
-    energy = torch.randn(500, generator=torch.Generator().manual_seed(0)).double()
-    w, s = trusted_weights(energy, 5.0, 50.0)
-    assert s < 5
-    assert float(1 / w.square().sum()) == pytest.approx(50.0, rel=1e-3)
-    w, s = trusted_weights(energy, 0.3, 50.0)
-    torch.testing.assert_close(w, (-0.3 * energy).softmax(0))
-    assert s == 0.3
-
-
 @pytest.mark.parametrize("until", [None, 0.0])
 def test_what_is_trained_on_is_what_is_sampled(until, tmp_path):
     """A walk and a sampled row of the same noise are the same path, of the same weight; beyond `until` no step is shifted."""
@@ -336,8 +320,8 @@ def test_an_adapter_of_a_network_is_trained_and_sampled_from_the_command_line(pi
     ]
     module = "tiltlens.modules.amortise_module.AmortiseModule"
     fit = [
-        "fit", f"--model={module}", *common, "--model.pool=16", "--model.warm_steps=1", "--model.paths=4",
-        "--model.batch_size=4", "--model.round_steps=2", "--model.rank=2", "--trainer.enable_progress_bar=false", "--model.strength=2",
+        "fit", f"--model={module}", *common, "--model.pool=16", "--model.paths=4",
+        "--model.batch_size=4", "--model.round_steps=3", "--model.rank=2", "--trainer.enable_progress_bar=false", "--model.strength=2",
     ]  # fmt: skip
     TrainingCLI([*fit, "--trainer.max_steps=3", f"--out={tmp_path / 'whole'}"])
     TrainingCLI(
@@ -497,7 +481,6 @@ def test_an_adapter_is_refused_where_it_was_not_trained_for(tmp_path):
         {"steps": 1},
         {"loss_steps": 0},
         {"batch_size": 500},
-        {"warm_share": 1.0},
     ],
 )
 def test_what_cannot_be_trained_is_refused(bad):

@@ -51,9 +51,8 @@ def test_a_unit_by_its_address():
     assert not hasattr(tiltlens, "Units")
 
 
-def test_config_yaml_repeats_the_run_by_sample_py(tmp_path, monkeypatch):
+def test_config_yaml_repeats_the_run_by_sample_py(tmp_path):
     """The same run, by its identity, and so the same samples."""
-    monkeypatch.setattr("sys.argv", ["sample.py"])
     prior = GaussianMixture([3.0, 4.0], [[-1.0, 0.5], [1 / 3, 0.0]], [0.4, 0.3], points=60)
     units = [Projection([1.0, -0.1]), "0.3*projection[1,0] + 0.7*projection[0,1]"]
     one = tilt(
@@ -69,8 +68,7 @@ def test_config_yaml_repeats_the_run_by_sample_py(tmp_path, monkeypatch):
     assert two.samples().drop_columns("seconds").equals(one.folder.samples().drop_columns("seconds"))
 
 
-def test_what_no_file_can_name_is_said_in_config_yaml_and_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["sample.py"])
+def test_what_no_file_can_name_is_said_in_config_yaml_and_refused(tmp_path, capsys):
 
     class Own(GaussianMixture):
         pass

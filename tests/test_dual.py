@@ -318,8 +318,7 @@ ANALYTIC = [
 ]  # fmt: skip
 
 
-def test_the_command_prints_the_certificate(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["sample.py"])
+def test_the_command_prints_the_certificate(tmp_path, capsys):
     main([*ANALYTIC, f"--out={tmp_path}", "--constraint=kl=1"])
     out = capsys.readouterr().out.splitlines()
     entry = json.loads((tmp_path / "summary.json").read_text())["constraint"]["projection[1,0.5]"]
@@ -328,8 +327,7 @@ def test_the_command_prints_the_certificate(tmp_path, capsys, monkeypatch):
     assert "constraint: kl=1" in (tmp_path / "config.yaml").read_text()
 
 
-def test_a_constraint_that_is_not_met_is_answered_with_the_range_and_status_1(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["sample.py"])
+def test_a_constraint_that_is_not_met_is_answered_with_the_range_and_status_1(tmp_path, capsys):
     narrow = ["--model.guidance=Calibrated", "--model.guidance.profile=[0.9,1.0]", "--model.pilot=32"]
     with pytest.raises(SystemExit) as stop:
         main([*ANALYTIC, *narrow, "--data.n=16", f"--out={tmp_path}", "--constraint=z=40"])
@@ -345,8 +343,7 @@ def test_a_constraint_that_is_not_met_is_answered_with_the_range_and_status_1(tm
 @pytest.mark.parametrize(
     ("constraint", "words"), [("q1.5", "is not understood"), ("z=3", "pilot >= 8"), ("kl=-2", "above 0")]
 )
-def test_a_constraint_that_means_nothing_ends_with_status_2(tmp_path, capsys, monkeypatch, constraint, words):
-    monkeypatch.setattr("sys.argv", ["sample.py"])
+def test_a_constraint_that_means_nothing_ends_with_status_2(tmp_path, capsys, constraint, words):
     with pytest.raises(SystemExit) as stop:
         run_program(lambda: main([*ANALYTIC, f"--out={tmp_path / 'out'}", f"--constraint={constraint}"]))
     assert stop.value.code == 2

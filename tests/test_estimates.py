@@ -19,7 +19,7 @@ from test_estimates_oracle import (
 
 from tiltlens.estimates import estimate_curve
 from tiltlens.estimates.audit import _contradictions
-from tiltlens.estimates.bootstrap import Replicates, standard_errors
+from tiltlens.estimates.bootstrap import Replicates, replicate
 from tiltlens.estimates.bounds import least_kl, log_z_floor, mean, objective
 from tiltlens.estimates.importance import LOG_Z_ROOT, ess_floor, reweight, tilt, trusted_ess
 from tiltlens.estimates.samples import Samples
@@ -352,10 +352,10 @@ def test_the_bootstrap_keeps_shared_seeds_together():
     def difference(counts):
         return (counts[0] @ x / counts[0].sum(-1) - counts[1] @ x / counts[1].sum(-1))[:, None]
 
-    assert standard_errors(difference, [seeds, seeds])[0] == pytest.approx(0, abs=1e-12)
-    apart = standard_errors(difference, [seeds, seeds + 300])[0]
+    assert replicate(difference, [seeds, seeds]).se()[0] == pytest.approx(0, abs=1e-12)
+    apart = replicate(difference, [seeds, seeds + 300]).se()[0]
     assert apart == pytest.approx(np.sqrt(2) * x.std() / np.sqrt(300), rel=0.15)
-    assert np.isnan(standard_errors(lambda c: c[0], [np.array([3])])).all()
+    assert np.isnan(replicate(lambda c: c[0], [np.array([3])]).se()).all()
 
 
 def test_errors_match_200_replications_and_cover():

@@ -13,7 +13,17 @@ import pytest
 import tiltlens
 
 ROOT = Path(tiltlens.__file__).parent
-GROUND = {"batches", "errors", "units", "energies", "run_folder", "run_lock", "run_tables", "constraint"}
+GROUND = {
+    "batches",
+    "errors",
+    "units",
+    "energies",
+    "run_folder",
+    "run_lock",
+    "run_tables",
+    "constraint",
+    "writing",
+}
 BELOW = {  # what each part may import, itself and the ground aside
     "schedule": set(),
     "denoiser": {"schedule"},

@@ -487,11 +487,6 @@ ARGUMENTS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _no_arguments(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["sample.py"])
-
-
 def test_a_run_learns_once_and_goes_on_with_what_it_learned(tmp_path, monkeypatch):
     """The second call learns nothing and its rows are those of a run of one call, to the bit."""
     calls, learn = [], sampler_room.learn

@@ -7,7 +7,7 @@ import pytest
 from test_estimates_oracle import CONTROLS, V, pilot_of, table_of
 
 from tiltlens.estimates import estimate_curve, mbar, pool
-from tiltlens.estimates.bootstrap import replicate, small_sample, standard_errors
+from tiltlens.estimates.bootstrap import replicate, small_sample
 from tiltlens.estimates.importance import KL_ROOT, lineages, relative_variance, tilt
 from tiltlens.estimates.pool import pool_draws
 from tiltlens.estimates.samples import Samples
@@ -115,7 +115,7 @@ def test_f_and_errors_are_those_of_pymbar_for_independent_draws():
     logging.disable(logging.NOTSET)
     ours = mbar.evaluate(draws, s)
     np.testing.assert_allclose(-ours.log_z, difference["Delta_f"][0], atol=1e-7)
-    se = standard_errors(lambda c: mbar.evaluate(draws, s, c).log_z, [r.cluster for r in runs])
+    se = replicate(lambda c: mbar.evaluate(draws, s, c).log_z, [r.cluster for r in runs]).se()
     np.testing.assert_allclose(se[1:], difference["dDelta_f"][0, 1:], rtol=0.15)
 
 

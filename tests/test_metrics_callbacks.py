@@ -28,11 +28,6 @@ UNET = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_arguments(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py"])
-
-
 def arguments(out, size, *more):
     return [
         "fit", f"--out={out}", "--model=tiltlens.modules.prior_module.PriorModule",

@@ -121,9 +121,8 @@ def test_auto_passes_over_another_prior_and_says_so_but_not_over_damage(parts, t
         adopt_twins(bank, ["auto"], prior.fingerprint)
 
 
-def test_who_reads_in_place_of_the_bundled_reader_is_said(parts, tmp_path, monkeypatch, capsys):
+def test_who_reads_in_place_of_the_bundled_reader_is_said(parts, tmp_path, capsys):
     """Of an encoder that it was not trained for: on the terminal, in summary.json, and so in the report."""
-    monkeypatch.setattr("sys.argv", ["sample.py"])
     main([
         f"--model.prior={parts[0] / 'prior'}", f"--model.unit={UNITS[0]}", "--model.noise_aware=auto", "--model.steps=2",
         "--model.pilot=8", "--data.n=1", "--data.strengths=[0]", "--trainer.accelerator=cpu", "--trainer.logger=false",
@@ -217,7 +216,6 @@ def test_training_brings_the_twin_nearer_to_what_the_encoder_says_of_the_sample(
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_an_interrupted_training_goes_on_as_if_nothing_had_been(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py"])
     folder, step = parts[0], NoiseAwareModule.training_step
 
     def fit(out, *more):

@@ -167,7 +167,6 @@ def test_gradients_are_taught_above_a_level_alone(folder):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_training_of_gradients_goes_on_as_if_nothing_had_been(folder, tmp_path, monkeypatch):
     """Broken off in its second epoch: reader, optimizer and running errors, those of gradients too."""
-    monkeypatch.setattr("sys.argv", ["train.py"])
     step = NoiseAwareModule.training_step
 
     def fit(out, *more):

@@ -347,8 +347,7 @@ def test_a_run_folder_holds_weights_and_diagnostics(tmp_path, eta):
     assert (again["kl"], again["log_z"]) == (row["kl"], row["log_z"])
 
 
-def test_a_walk_on_wandb_has_its_ladder_and_what_its_moves_are_worth(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["sample.py"])
+def test_a_walk_on_wandb_has_its_ladder_and_what_its_moves_are_worth(tmp_path):
     main([
         "--config=configs/sample/analytic.yaml", "--model.sampler=NoiseSpace", "--model.sampler.init_args.levels=4",
         "--model.guidance=DPS", "--model.steps=6", "--model.pilot=16", "--data.n=16", "--data.strengths=[0,1]",

@@ -57,7 +57,6 @@ LINEAR, TARGET, THRESHOLD = Linear(False), Target(0.8, 1.2, False), Threshold(1.
 def _quick(monkeypatch):
     """Thousands of rows of one number a step: no more of each stream than is used."""
     monkeypatch.setattr("tiltlens.sampling.noise.BLOCK", 64)
-    monkeypatch.setattr("sys.argv", ["sample.py"])
 
 
 def sampler(

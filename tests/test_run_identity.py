@@ -14,7 +14,6 @@ from tiltlens.guidance import DPS, Calibrated, Exact
 from tiltlens.guidance.learning import place_knots
 from tiltlens.modules.plan_data import PlanData
 from tiltlens.modules.sampling_module import SamplingModule
-from tiltlens.sampling.warm_start import trusted_weights
 from tiltlens.units import build_unit
 
 LINE = ([1.0], [[0.0, 0.0]], [1.0])
@@ -162,14 +161,6 @@ def test_a_sum_of_units_is_the_same_in_any_company():
     z = torch.randn(37, 2, generator=torch.Generator().manual_seed(0))
     whole = unit.combine(z)
     assert all(torch.equal(unit.combine(z[i : i + k])[0], whole[i]) for i in range(30) for k in (1, 2, 3))
-
-
-def test_one_sample_without_an_energy_does_not_spoil_the_weights():
-    energy = torch.tensor([0.0, torch.nan, -1.0, torch.inf])
-    weights, strength = trusted_weights(energy, 1.0, 1.5)
-    torch.testing.assert_close(
-        weights, torch.tensor([0.0, -torch.inf, 1.0, -torch.inf]).double().mul(strength).softmax(0)
-    )
 
 
 def test_knots_begin_at_the_first_finite_level():

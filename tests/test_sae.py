@@ -38,12 +38,6 @@ SIZE = 16
 VIT = {"img_size": SIZE, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 1}
 
 
-@pytest.fixture(autouse=True)
-def _no_arguments(monkeypatch):
-    """LightningCLI warns where arguments come from Python while the process (pytest) has its own."""
-    monkeypatch.setattr("sys.argv", ["train.py"])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Images, 24 for training and 6 held out, and a DINOv3-like network with random weights."""

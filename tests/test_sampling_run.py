@@ -33,11 +33,6 @@ MIXTURE = [
 UNIT = "--model.unit=tf_efficientnet_lite0,weights=random:1,layer=blocks.1,tokens=patch,channel=3"
 
 
-@pytest.fixture(autouse=True)
-def _no_arguments(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["sample.py"])
-
-
 @pytest.fixture(scope="module")
 def prior(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prior")

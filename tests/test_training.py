@@ -40,12 +40,6 @@ UNET = {
 VIT = {"img_size": SIZE, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 1}
 
 
-@pytest.fixture(autouse=True)
-def _no_arguments(monkeypatch):
-    """LightningCLI warns where arguments come from Python while the process (pytest) has its own."""
-    monkeypatch.setattr("sys.argv", ["train.py"])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Two classes of 20 images for training and 6 held out, colour by class."""
@@ -253,7 +247,7 @@ def test_learning_rate_follows_the_clock_where_time_is_the_limit():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     for callbacks, expected in (([], 0.9), ([timer], 0.5)):
         trainer = SimpleNamespace(estimated_stepping_batches=100, callbacks=callbacks, world_size=1)
-        schedule = warm_hold_decay(optimizer, trainer, 0.0, 1.0, "linear")
+        schedule = warm_hold_decay(optimizer, trainer, 0.0, 1.0, "linear")["lr_scheduler"]["scheduler"]
         assert schedule.lr_lambdas[0](10) == pytest.approx(expected)
     endless = SimpleNamespace(estimated_stepping_batches=float("inf"), callbacks=[])
     with pytest.raises(ValueError, match="max_time"):

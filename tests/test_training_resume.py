@@ -29,12 +29,6 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 SIZE, BATCH, EPOCH = 8, 8, 5  # steps of an epoch
 
 
-@pytest.fixture(autouse=True)
-def _no_arguments(monkeypatch):
-    """LightningCLI warns where arguments come from Python while the process (pytest) has its own."""
-    monkeypatch.setattr("sys.argv", ["train.py"])
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A tiny prior, images to go on with, and the arguments that both need."""

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 def train(name, out, monkeypatch, *more):
     """Two of its eight steps: the rest would only take time."""
-    monkeypatch.setattr("sys.argv", ["train.py"])
     monkeypatch.setenv("XDG_CACHE_HOME", str(out / "cache"))
     return TrainingCLI(["fit", f"--config={CONFIGS / name}-smoke.yaml", f"--out={out}", *SHORT, *more])
 
@@ -59,7 +58,6 @@ def test_latents_and_what_was_trained_is_sampled(tmp_path, monkeypatch):
         f"--model.prior={tmp_path / 'prior'}", "--model.steps=3", "--model.pilot=8", "--data.n=2",
         "--data.strengths=[0,1]", "--trainer.accelerator=cpu", "--trainer.logger=false", f"--out={tmp_path / 'out'}",
     ]  # fmt: skip
-    monkeypatch.setattr("sys.argv", ["sample.py"])
     sampling_cli.main(args)
     assert len(RunFolder(tmp_path / "out").read_summary()["rows"]) == 2
 
@@ -96,7 +94,6 @@ def test_a_validation_alone_has_the_figures_that_the_training_ended_with(name, t
 def test_noise_aware_twin(name, tmp_path, monkeypatch):
     """... and sample.py reads clean estimates with it."""
     train(name, tmp_path, monkeypatch, "--trainer.logger=false")
-    monkeypatch.setattr("sys.argv", ["sample.py"])
     sampling_cli.main([
         f"--model.noise_aware={tmp_path / 'noise-aware'}", "--model.steps=3", "--model.pilot=8", "--data.n=2",
         "--data.strengths=[0,1]", "--trainer.accelerator=cpu", "--trainer.logger=false", f"--out={tmp_path / 'out'}",
@@ -108,7 +105,6 @@ def test_noise_aware_twin(name, tmp_path, monkeypatch):
 def test_sparse_autoencoder(tmp_path, monkeypatch):
     """... and a latent of it is a unit."""
     train("sae", tmp_path, monkeypatch, "--trainer.logger=false")
-    monkeypatch.setattr("sys.argv", ["sample.py"])
     sampling_cli.main([
         f"--model.unit=bundled,sae={tmp_path / 'sae'}#3", "--model.steps=3", "--model.pilot=8", "--data.n=2",
         "--data.strengths=[0,1]", "--model.energy.class_path=Linear", "--model.energy.init_args.standardise=false",

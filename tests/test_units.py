@@ -410,7 +410,7 @@ def test_a_class_is_held_against_the_architecture_before_a_file_of_weights_is_re
                 check_addresses([build_unit(f"{name},weights={tmp_path}/w.pt,{rest}")])
 
 
-def test_an_architecture_that_needs_numbers_is_not_refused(images, monkeypatch):
+def test_an_architecture_that_needs_numbers_is_not_refused(images):
     """torchvision's RegNets compute their widths with tensors; a forward may look at its values."""
     check_addresses([build_unit("torchvision:regnet_y_400mf,class=goldfish")])
     assert read("torchvision:regnet_y_400mf,weights=random:0,class=goldfish", images[:1]).shape == (1,)

@@ -138,8 +138,7 @@ def test_a_second_call_with_nothing_to_do_writes_no_second_run(sampled):
     assert len(list(folder.path.glob("wandb/offline-run-*"))) == 1
 
 
-def test_the_certificate_is_in_the_summary(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["sample.py"])
+def test_the_certificate_is_in_the_summary(tmp_path):
     args = ["--config=configs/sample/analytic.yaml", "--model.steps=20", "--model.prior.init_args.points=60", "--data.n=64",
             "--data.batch_size=256", "--trainer.accelerator=cpu", f"--out={tmp_path}", "--constraint=kl=1"]  # fmt: skip
     main(args)

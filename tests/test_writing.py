@@ -15,8 +15,8 @@ from tiltlens.modules import prior_pipeline
 from tiltlens.modules.command_line import run
 from tiltlens.modules.encoder_module import EncoderModule
 from tiltlens.modules.sae_module import SparseAutoencoderModule
-from tiltlens.modules.writing import whole_file
 from tiltlens.run_folder import RunFolder
+from tiltlens.writing import whole_file
 
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 1}
 UNET = {"sample_size": 8, "block_out_channels": [8], "down_block_types": ["DownBlock2D"],

@@ -27,7 +27,7 @@ SAMPLES = _schema(
     pa.field("image", pa.string()),
     pa.field(
         "group", pa.int64()
-    ),  # particles: the first seed of the row's group; these three are null for other rows
+    ),  # particles: the first seed of the row's group; these four are null for other rows
     pa.field("weight", pa.float64()),  # its share in the group
     pa.field("copies", pa.int64()),  # how often it stands in the group's equally weighted output
     pa.field("ancestor", pa.int64()),  # the seed in whose state its path began

@@ -20,7 +20,7 @@ LOG_SNR_FLOOR = -9.0  # below, x_t is noise to within 1e-4 of its variance: step
 class Schedule:
     """A table of alpha_t, sigma_t and of the time that the network is given, cleanest first.
 
-    alpha, sigma, time: (T,) float64. init_std: the standard deviation of x_T, the first state of a chain. floor: steps
+    alpha, sigma, time: (T,) float64. init_std: the scheduler's own standard deviation of x_T; a chain begins with that of `start_std`. floor: steps
     uniform in log-SNR begin no lower than this.
     """
 

@@ -76,13 +76,6 @@ def replicate(
     return Replicates(np.concatenate(values), strata)
 
 
-def standard_errors(
-    statistic: Callable[[list[np.ndarray]], np.ndarray], clusters: Sequence[np.ndarray]
-) -> np.ndarray:
-    """Standard errors (m,) of a statistic, as `replicate` takes it."""
-    return replicate(statistic, clusters).se()
-
-
 @lru_cache(64)
 def small_sample(n: int) -> float:
     """How much wider Student's 95 % interval of n clusters is than the normal one; 1 from 30 on.

@@ -55,15 +55,13 @@ CONTROL_MIN = 16  # samples: a regression on fewer is biased by about its own ga
 class Tilt(NamedTuple):
     """Estimates of q_s from samples of another law; shape () or, for resampled counts, (B,).
 
-    log_z in nats, energy = m(s), variance = Var_{q_s}(E); ess = 1/sum W^2; max_weight = max W, of the whole
-    sample.
+    log_z in nats, energy = m(s), variance = Var_{q_s}(E); ess = 1/sum W^2, of the whole sample.
     """
 
     log_z: np.ndarray
     energy: np.ndarray
     variance: np.ndarray
     ess: float
-    max_weight: float
 
     def kl(self, strength: float) -> np.ndarray:
         """KL(q_s||p) = -s m(s) - log Z(s), nats."""
@@ -180,7 +178,7 @@ def tilt(
     shift = log_w.max()
     w = np.exp(log_w - shift)  # at most 1; what underflows is below 1e-300 of the largest
     total = w.sum()
-    ess, max_weight = float(total**2 / (w @ w)), float(1 / total)
+    ess = float(total**2 / (w @ w))
     if samples.groups is not None:
         of_groups = np.bincount(samples.groups, w)  # of rows, no more than what its groups are worth
         ess = min(ess, len(w) * float(total**2 / (of_groups @ of_groups)) / len(of_groups))
@@ -200,4 +198,4 @@ def tilt(
         var_m = sum_mm / n - mean_m**2
         log_z = log_z - (sum_wm / sum_w - mean_m) / var_m * mean_m
         energy = energy - (sum_wem - energy * sum_wm) / sum_w / var_m * mean_m
-    return Tilt(log_z, centre + energy, variance, ess, max_weight)
+    return Tilt(log_z, centre + energy, variance, ess)

@@ -120,9 +120,8 @@ def save_control(control: Control, config: AdapterConfig, folder: Path) -> Path:
     if isinstance(control, Adapter):
         lora.save_adapter(control.network, folder / WEIGHTS)
     else:
-        part = folder / f"{WEIGHTS}.part"
-        safetensors.torch.save_file({k: v.contiguous() for k, v in control.layers.state_dict().items()}, part)
-        part.replace(folder / WEIGHTS)
+        weights = {k: v.contiguous() for k, v in control.layers.state_dict().items()}
+        safetensors.torch.save_file(weights, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     return folder
 

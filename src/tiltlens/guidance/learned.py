@@ -11,7 +11,6 @@ one strength where that one over-tilts: compare them at equal nats.
 """
 
 import math
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -38,6 +37,7 @@ from tiltlens.guidance.guidance import (
 )
 from tiltlens.guidance.heads import WIDEST
 from tiltlens.guidance.learning import BLOCKS, Found, Multipliers, hats
+from tiltlens.writing import whole_file
 
 LEAST_PILOT = 32
 TIMES = (0.0, 2.0, 6.0)  # time constants, in log-SNR, of the memories that may be blended
@@ -88,9 +88,8 @@ class Lesson:
         return cls(theta, zero[:1], *nothing, none, zero, zero, torch.tensor([0, 0]), none, zero)
 
     def save(self, path: Path) -> None:
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # two runs may share a folder of pilots
-        save_file({f.name: getattr(self, f.name).contiguous() for f in fields(self)}, temporary)
-        temporary.replace(path)
+        with whole_file(path) as part:  # two runs may share a folder of pilots
+            save_file({f.name: getattr(self, f.name).contiguous() for f in fields(self)}, part)
 
     @classmethod
     def load(cls, path: Path) -> "Lesson":

@@ -68,7 +68,7 @@ class Found(NamedTuple):
 @dataclass(frozen=True)
 class Multipliers:
     """theta (knots, C), knots (knots,) in log-SNR, kappa (blocks,). found: of the default, and of the fits without and
-    with the head (None where there is none), leave-one-out; kind: which of them theta is."""
+    with the head (where there is one), leave-one-out; kind: which of them theta is."""
 
     theta: Tensor
     knots: Tensor

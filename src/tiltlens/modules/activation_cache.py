@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tiltlens.errors import UserError
 from tiltlens.modules.image_data import Batch
-from tiltlens.modules.writing import whole_file
 from tiltlens.units.encoder import Encoder
 from tiltlens.units.readout import positions
+from tiltlens.writing import whole_file
 
 
 def read_tokens(encoder: Encoder, images: Tensor, layer: str | None, tokens: str | None) -> Tensor:

@@ -2,8 +2,7 @@
 
 The soft-constraint objective s E_q[E] + path KL over the discrete chain, whose least value is -log Z(s), by adjoint matching
 (`tiltlens.sampling.adjoint`) in rounds: `paths` paths of the present control, then `round_steps` steps of regression on
-them. A pool of unguided samples says beforehand what is natural; denoising score matching on it, re-weighted
-(`tiltlens.sampling.warm_start`), may lead the way for `warm_steps`.
+them. A pool of unguided samples says beforehand what is natural.
 
 No images are needed. A round draws its paths from seeds that its number names, and its paths are kept in the run's folder, by the
 name of what drew them, so that a resumed run goes on as it was.
@@ -24,13 +23,12 @@ from torch import Tensor
 from tiltlens.constraint import RowConstraint
 from tiltlens.energies import Energy, Linear
 from tiltlens.errors import UserError
-from tiltlens.guidance.amortised import AdapterConfig, energy_of, load_control, save_control
+from tiltlens.guidance.amortised import AdapterConfig, energy_of, save_control
 from tiltlens.guidance.control import Control, new_control
 from tiltlens.guidance.guidance import Guidance
 from tiltlens.modules.amortise_rounds import Rounds, draw_round
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
 from tiltlens.modules.step_monitor import not_finite
-from tiltlens.modules.writing import whole_folder
 from tiltlens.priors import load_prior
 from tiltlens.priors.prior import Prior
 from tiltlens.sampling.adjoint import (
@@ -41,26 +39,20 @@ from tiltlens.sampling.adjoint import (
     step_energy,
 )
 from tiltlens.sampling.noise import stream_seed
+from tiltlens.sampling.sample_pool import Pool, run_pool
 from tiltlens.sampling.sampler import Sampler
-from tiltlens.sampling.warm_start import (
-    Pool,
-    run_pool,
-    score_matching_loss,
-    trusted_weights,
-)
 from tiltlens.units import Unit, UnitBank, build_unit
+from tiltlens.writing import whole_folder
 
 
 class AmortiseModule(LightningModule):
     """A control of the chain (prior, steps, eta, spacing, clip) for one unit, energy and strength.
 
     prior, unit, energy, precision, prompt: as those of SamplingModule. strength: s > 0. rank, targets: of the low-rank
-    adapter (an analytic prior gets a small network instead). init_from: an adapter folder to go on from, of the same
-    architecture. pool: unguided samples, at least 8. paths, round_steps: of a round. batch_size: paths whose steps are read in
+    adapter (an analytic prior gets a small network instead). pool: unguided samples, at least 8. paths, round_steps: of a round. batch_size: paths whose steps are read in
     a step of training. loss_steps: steps of the chain that are read, drawn anew each time, mostly those at which the unit
     can be moved; None for all. until: the log-SNR up to which steps are controlled, None for all; beyond it a unit has little
-    to say, and in bfloat16 the difference of two forwards is rounding that path KL pays for. warm_steps: of the warm start;
-    0 for adjoint matching alone. warm_share: the ESS, as a share of the pool, that its weights keep. learning_rate: the
+    to say, and in bfloat16 the difference of two forwards is rounding that path KL pays for. learning_rate: the
     peak; warm-up and decay as everywhere. ramp: rounds over which the strength rises to s in equal parts, for far targets; 1 for none.
 
     Raises UserError for values out of range and ValueError for a unit that the prior's images do not fit.
@@ -80,7 +72,6 @@ class AmortiseModule(LightningModule):
         prompt: str = "",
         rank: int = 8,
         targets: list[str] = ("attention", "convolution"),  # type: ignore[assignment]
-        init_from: Path | None = None,
         pool: int = 1024,
         paths: int = 128,
         round_steps: int = 100,
@@ -88,8 +79,6 @@ class AmortiseModule(LightningModule):
         loss_steps: int | None = 2,
         until: float | None = None,
         ramp: int = 1,
-        warm_steps: int = 0,
-        warm_share: float = 0.03,
         learning_rate: float = 2e-5,
         weight_decay: float = 0.0,
         warmup: float = 0.03,
@@ -97,28 +86,18 @@ class AmortiseModule(LightningModule):
     ):
         super().__init__()
         check_rate(learning_rate, weight_decay, warmup, decay)
-        least = {
-            "pool": 8,
-            "paths": 1,
-            "round_steps": 1,
-            "batch_size": 1,
-            "ramp": 1,
-            "warm_steps": 0,
-            "steps": 2,
-        }
-        found = {"pool": pool, "paths": paths, "round_steps": round_steps, "batch_size": batch_size, "ramp": ramp,
-                 "warm_steps": warm_steps, "steps": steps}  # fmt: skip
-        for name, value in found.items():
-            if value < least[name]:
-                raise UserError(f"model.{name} = {value}: expected a whole number of at least {least[name]}")
+        for name, value, least in (
+            ("pool", pool, 8), ("paths", paths, 1), ("round_steps", round_steps, 1), ("batch_size", batch_size, 1),
+            ("ramp", ramp, 1), ("steps", steps, 2),
+        ):  # fmt: skip
+            if value < least:
+                raise UserError(f"model.{name} = {value}: expected a whole number of at least {least}")
         if not (math.isfinite(strength) and strength > 0):
             raise UserError(
                 f"model.strength = {strength}: expected a finite number above 0; at 0 there is nothing to learn"
             )
         if not 0 < eta <= 1:
             raise UserError(f"model.eta = {eta}: path KL needs noise, expected a number in (0, 1]")
-        if not 0 < warm_share < 1:
-            raise UserError(f"model.warm_share = {warm_share}: expected a share of the pool, between 0 and 1")
         if loss_steps is not None and loss_steps < 1:
             raise UserError(
                 f"model.loss_steps = {loss_steps}: expected a whole number of at least 1, or null for all steps"
@@ -127,8 +106,7 @@ class AmortiseModule(LightningModule):
             raise UserError(f"model.batch_size = {batch_size}: expected at most model.paths = {paths}")
         self.energy, self.strength = energy or Linear(), float(strength)
         self.chain_settings = {"steps": steps, "eta": float(eta), "spacing": spacing, "clip": clip}
-        self.pool_size = pool
-        self.warm_steps, self.warm_share, self.until = warm_steps, warm_share, until
+        self.pool_size, self.until = pool, until
         self.paths, self.round_steps, self.ramp = paths, round_steps, ramp
         self.batch_size, self.loss_steps = batch_size, loss_steps
         self.learning_rate, self.weight_decay, self.warmup, self.decay = (
@@ -141,10 +119,7 @@ class AmortiseModule(LightningModule):
         if isinstance(prior, str):
             prior = load_prior(prior, prompt=prompt, precision=precision)
         bank.validate(prior.image_size or prior.denoiser.shape, gradient=True)
-        if init_from is not None:
-            control = load_control(Path(init_from), prior.denoiser)
-        else:
-            control = new_control(prior.denoiser, rank, list(targets))
+        control = new_control(prior.denoiser, rank, list(targets))
         # In a tuple, for a checkpoint holds what is trained and not the prior.
         self._parts = (prior, bank, control)
         self.factors = torch.nn.ParameterList(control.trained())
@@ -198,21 +173,14 @@ class AmortiseModule(LightningModule):
         self.trainer.strategy.barrier("pool")
         pool = Pool.load(file)
         sampler.calibrate(None, [pool.members[:, 0, : bank.units[0].size]])
-        self.read_pool(pool)
+        self.natural_energy = self._mean_energy(pool)
         self.seconds = time.process_time() - self.spent
 
-    def read_pool(self, pool: Pool) -> None:
-        """Weights of the warm start."""
-        rows = self.rows(len(pool.x_0), "cpu")
-        n = self.sampler.constraint.naturals[0]
+    def _mean_energy(self, pool: Pool) -> float:
+        rows, n = self.rows(len(pool.x_0), "cpu"), self.sampler.constraint.naturals[0]
         z = (pool.members[:, 0, : n.member_mean.numel()] - n.member_mean) / n.member_std
-        energy = rows.energy_of(self.sampler.bank.units[0].combine(z).to(rows.strength)).double()
-        self.pool, self.pool_energy = pool, float(energy.mean())
-        self.weights, self.warm_strength = trusted_weights(
-            energy, self.strength, min(max(self.warm_share * len(energy), 32.0), len(energy) / 2)
-        )
-        if self.warm_steps:
-            rank_zero_info(f"warm start at strength {self.warm_strength:.3g} of {self.strength:g}")
+        activation = self.sampler.bank.units[0].combine(z).to(rows.strength)
+        return float(rows.energy_of(activation).double().mean())
 
     def rows(self, count: int, device: torch.device | str, strength: float | None = None) -> RowConstraint:
         """`count` rows of the unit."""
@@ -233,34 +201,18 @@ class AmortiseModule(LightningModule):
             self.trainer.fit_loop.epoch_loop.total_batch_idx,
         )  # a step may accumulate batches
         generator = torch.Generator().manual_seed(stream_seed("amortise", seen, "step", self.global_rank))
-        if step < self.warm_steps:
-            loss = self.warm_loss(generator)
-            self.log("warm_loss", loss.detach(), prog_bar=True)
-        else:
-            loss = self.adjoint_loss((step - self.warm_steps) // self.round_steps, generator)
-            self.log("matching_loss", loss.detach(), prog_bar=True)
+        loss = self.adjoint_loss(step // self.round_steps, generator)
+        self.log("matching_loss", loss.detach(), prog_bar=True)
         if not bool(torch.isfinite(loss)):
             # at once: paths of a control that is none would end a round in an error of their own
-            where = "the warm start" if self.rounds.number is None else f"round {self.rounds.number}"
-            raise not_finite(
-                self.trainer, "loss", float(loss.detach()), f"batch {batch_idx} of {where} (step {step})"
-            )
+            where = f"batch {batch_idx} of round {self.rounds.number} (step {step})"
+            raise not_finite(self.trainer, "loss", float(loss.detach()), where)
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"])
         return loss
 
     def work_of(self, batch: int) -> tuple[str, int]:
         """For `StepMonitor`."""
         return "paths", self.batch_size
-
-    def warm_loss(self, generator: torch.Generator) -> Tensor:
-        chain, size = self.sampler.chain, self.batch_size
-        where = controlled_steps(chain, self.until)
-        part = min(16, size)
-        steps = torch.tensor(where)[torch.randint(len(where), (-(-size // part),), generator=generator)]
-        drawn = torch.multinomial(self.weights, size, replacement=True, generator=generator)
-        x_0 = self.pool.x_0[drawn].to(self.device)
-        eps = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype).to(self.device)
-        return score_matching_loss(chain, self.control, x_0, steps, eps, part)
 
     def adjoint_loss(self, number: int, generator: torch.Generator) -> Tensor:
         if self.rounds.number != number or self.matches is None:
@@ -314,15 +266,13 @@ class AmortiseModule(LightningModule):
         optimizer = torch.optim.AdamW(
             self.factors.parameters(), self.learning_rate, weight_decay=self.weight_decay
         )
-        schedule = warm_hold_decay(optimizer, self.trainer, self.warmup, self.decay, shape="linear")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return warm_hold_decay(optimizer, self.trainer, self.warmup, self.decay, shape="linear")
 
     def export(self, folder: Path) -> Path:
         """Writes folder/adapter, for `--model.guidance Amortised --model.guidance.adapter`."""
         trained = {
-            "steps": self.global_step, "warm_steps": min(self.warm_steps, self.global_step),
-            "rounds": len(self.rounds.figures), "paths": self.paths, "batch_size": self.batch_size, "pool": self.pool_size,
-            "processor_seconds": round(time.process_time() - self.seconds, 1), "natural_energy": self.pool_energy,
+            "steps": self.global_step, "rounds": len(self.rounds.figures), "paths": self.paths, "batch_size": self.batch_size, "pool": self.pool_size,
+            "processor_seconds": round(time.process_time() - self.seconds, 1), "natural_energy": self.natural_energy,
         }  # fmt: skip
         if self.rounds.figures:  # of the paths that the last round began with
             trained |= {f"last_{key}": value for key, value in self.rounds.figures[-1].items()}

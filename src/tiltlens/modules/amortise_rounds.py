@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from tiltlens.constraint import RowConstraint
 from tiltlens.guidance.control import Control
-from tiltlens.modules.writing import whole_file
 from tiltlens.sampling.adjoint import Matches, joined, lean_adjoint, matches, walk
 from tiltlens.sampling.chain import Chain
 from tiltlens.sampling.noise import Noise
+from tiltlens.writing import whole_file
 
 ROWS = 16  # of a walk, as many as a network is called with
 Figures = dict[str, float]

@@ -20,7 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from tiltlens.errors import UserError
-from tiltlens.modules.writing import DISK_ERRORS, no_room
+from tiltlens.writing import DISK_ERRORS, no_room
 
 USER_ERRORS = (
     ValueError,

@@ -26,7 +26,6 @@ from tiltlens.sampling.plan import Row, plan
 from tiltlens.units.calibration import Natural
 
 FORMS = '"q0.999" (mean activation at this natural quantile), "z=4" (natural standard deviations) or "kl=3" (nats)'
-SWEEP = 1 + len(FIRST)  # strengths, the natural one among them
 # blocks of n rows. Of three sweeps the guided ones, and the natural one once: a guided row costs several natural ones
 BUDGET = 1 + 3 * len(FIRST)
 RESERVE = 1  # of them: where the exact law is known, its solution may lie beside that of the sampled law

@@ -25,7 +25,7 @@ from torch.nn import functional
 from tiltlens.errors import UserError
 from tiltlens.modules.image_data import Batch
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
-from tiltlens.modules.writing import whole_folder
+from tiltlens.writing import whole_folder
 
 
 class EncoderModule(LightningModule):
@@ -172,8 +172,7 @@ class EncoderModule(LightningModule):
         optimizer = create_optimizer_v2(
             self.network, opt=self.optimizer, lr=self.learning_rate, weight_decay=self.weight_decay
         )
-        schedule = warm_hold_decay(optimizer, self.trainer, self.warmup, 1 - self.warmup, shape="cosine")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return warm_hold_decay(optimizer, self.trainer, self.warmup, 1 - self.warmup, shape="cosine")
 
     def export(self, folder: Path) -> Path:
         """Writes folder/encoder, read by timm.create_model("local-dir:folder/encoder", pretrained=True)."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from tiltlens.errors import UserError
 from tiltlens.modules.image_decoding import UNREADABLE, BrokenImages, decode
 from tiltlens.modules.image_sources import ImageSource
-from tiltlens.modules.writing import whole_file
+from tiltlens.writing import whole_file
 
 AT_ONCE = 2 << 30  # bytes of decoded images that are held in memory
 THREADS = min(8, os.cpu_count() or 1)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from tiltlens.errors import UserError
-from tiltlens.modules.writing import whole_file
+from tiltlens.writing import whole_file
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 

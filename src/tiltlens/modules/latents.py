@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from tiltlens.batches import in_equal_batches
-from tiltlens.modules.writing import whole_file
 from tiltlens.priors.latent import Codec
+from tiltlens.writing import whole_file
 
 KEY_BYTES = 16
 PART_BYTES = 64 << 20

@@ -10,6 +10,7 @@ decay = 0 is a constant rate, decay = 1 with cosine the cosine schedule.
 """
 
 import math
+from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Timer
@@ -37,13 +38,11 @@ def check_rate(learning_rate: float, weight_decay: float, warmup: float, decay: 
 
 def warm_hold_decay(
     optimizer: Optimizer, trainer: Trainer, warmup: float, decay: float, shape: str
-) -> LambdaLR:
-    """The schedule of `rate` for a Trainer, to be stepped after each optimizer step.
+) -> dict[str, Any]:
+    """What `configure_optimizers` returns: the optimizer, its rate by `rate` after each of its steps. warmup, decay: by `check_rate`.
 
-    Raises UserError unless warmup and decay are shares and the run has an end, in steps or in time.
+    Raises UserError unless the run has an end, in steps or in time.
     """
-    if not (0 <= warmup <= 1 and 0 <= decay <= 1):
-        raise UserError(f"warmup = {warmup}, decay = {decay}: expected shares of the run, between 0 and 1")
     total = trainer.estimated_stepping_batches
     timer = next(
         (c for c in trainer.callbacks if isinstance(c, Timer) and c.time_remaining() is not None), None
@@ -64,4 +63,5 @@ def warm_hold_decay(
                 u = trainer.strategy.broadcast(u)
         return rate(u, warmup, decay, shape)
 
-    return LambdaLR(optimizer, factor)
+    schedule = {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
+    return {"optimizer": optimizer, "lr_scheduler": schedule}

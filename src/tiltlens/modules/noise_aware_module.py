@@ -23,11 +23,11 @@ from tiltlens.modules.noise_aware_gradients import Spectrum, reader_errors
 from tiltlens.modules.noise_aware_start import begin_with
 from tiltlens.modules.noise_aware_task import LayerTask, UnitTask
 from tiltlens.modules.own_samples import own_samples
-from tiltlens.modules.writing import whole_folder
 from tiltlens.priors import load_prior
 from tiltlens.units.combination import build_unit
 from tiltlens.units.noise_aware import TwinConfig, place, reader_of, save_twin, twin_of
 from tiltlens.units.sources import load_encoder
+from tiltlens.writing import whole_folder
 
 OUTPUT = "output"  # the encoder's own output, in `layers`
 LEVELS = 4  # noise levels a batch
@@ -303,8 +303,7 @@ class NoiseAwareModule(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(self.trained, self.learning_rate, weight_decay=self.weight_decay)
-        schedule = warm_hold_decay(optimizer, self.trainer, self.warmup, 1 - self.warmup, shape="cosine")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return warm_hold_decay(optimizer, self.trainer, self.warmup, 1 - self.warmup, shape="cosine")
 
     def export(self, folder: Path) -> Path:
         """Writes folder/noise-aware, for --model.noise_aware."""

@@ -10,12 +10,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tiltlens.modules.writing import whole_file
 from tiltlens.priors.prior import Prior
 from tiltlens.sampling.chain import Chain
 from tiltlens.sampling.noise import stream_seed
-from tiltlens.sampling.warm_start import unguided
+from tiltlens.sampling.sample_pool import unguided
 from tiltlens.schedule import step_indices
+from tiltlens.writing import whole_file
 
 BATCH = 64
 

@@ -77,11 +77,7 @@ class PlanData(LightningDataModule):
         # one, be it empty, for with none Lightning leaves out the hooks that finish the run
         batches, ranks = self.batches(), self.trainer.world_size if self.trainer else 1
         batches += [[] for _ in range(ranks - len(batches))]
-        return DataLoader(_Batches(batches), batch_size=None, collate_fn=_as_it_is)
-
-
-class _Batches(list):
-    """A list is a map-style data set already; a class of its own keeps the type honest."""
+        return DataLoader(batches, batch_size=None, collate_fn=_as_it_is)
 
 
 def _as_it_is(batch: list[Row]) -> list[Row]:

@@ -27,12 +27,12 @@ from tiltlens.modules.image_data import Batch
 from tiltlens.modules.latents import LatentCache
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
 from tiltlens.modules.sharding import gathered, is_sharded, shard
-from tiltlens.modules.writing import DISK_ERRORS
 from tiltlens.priors.diffusers_prior import sides
 from tiltlens.priors.families import read_family
 from tiltlens.priors.latent import Codec
 from tiltlens.priors.lora import inject, lora_parameters, merge
 from tiltlens.priors.networks import fixed_network
+from tiltlens.writing import DISK_ERRORS
 
 
 @dataclass(frozen=True)
@@ -261,8 +261,7 @@ class PriorModule(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         learned = lora_parameters(self.network) if self.adapted else self.network.parameters()
         optimizer = torch.optim.AdamW(learned, self.learning_rate, weight_decay=self.weight_decay)
-        schedule = warm_hold_decay(optimizer, self.trainer, self.warmup, self.decay, self.decay_shape)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return warm_hold_decay(optimizer, self.trainer, self.warmup, self.decay, self.decay_shape)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._keep_latents()

@@ -12,10 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from tiltlens.errors import UserError
-from tiltlens.modules.writing import whole_folder
 from tiltlens.priors.folder import check_folder, find_folder
 from tiltlens.priors.latent import SUPPORTED as AUTOENCODERS
 from tiltlens.priors.pipeline import load_pipeline
+from tiltlens.writing import whole_folder
 
 Config = dict[str, Any]
 # what torch and diffusers raise for numbers that do not fit together, and for a package that is not installed

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tiltlens.guidance.learned import Lesson
-from tiltlens.modules.writing import whole_file
 from tiltlens.run_folder import RunFolder
 from tiltlens.sampling.pilot import UnitPilot
 from tiltlens.units import Unit
+from tiltlens.writing import whole_file
 
 PILOT = ("prior", "chain", "pilot", "noise_aware")  # of a run's identity, what names a pilot
 DAMAGED = (KeyError, TypeError, SafetensorError)  # what reading raises of a file that is not whole

@@ -28,10 +28,10 @@ from tiltlens.modules.activation_cache import cached_activations, read_tokens
 from tiltlens.modules.activation_data import ActivationData
 from tiltlens.modules.image_data import Batch, ImageFolderData
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
-from tiltlens.modules.writing import whole_folder
 from tiltlens.units.near import near
 from tiltlens.units.sources import load_encoder
 from tiltlens.units.sparse_autoencoder import SparseAutoencoder
+from tiltlens.writing import whole_folder
 
 BANDWIDTH = 0.1  # x has a standard deviation of 1 an entry, so pre of about 1
 TRAINABLE_TOKENS = ("patch", "cls", "register", "all")
@@ -182,8 +182,7 @@ class SparseAutoencoderModule(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         trained = [p for p in self.sae.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(trained, self.learning_rate)
-        schedule = warm_hold_decay(optimizer, self.trainer, self.warmup, self.decay, shape="linear")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return warm_hold_decay(optimizer, self.trainer, self.warmup, self.decay, shape="linear")
 
     def export(self, folder: Path) -> Path:
         """Writes folder/sae, addressed as sae=folder/sae#LATENT."""

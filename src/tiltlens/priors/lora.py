@@ -4,7 +4,6 @@ B starts at zero, so that an injected network is the network it was, to the bit.
 of its layer and its B one pixel (as in peft and diffusers). No Lightning in here: a sampler may use it.
 
     names = inject(network, rank=8)          in place; only lora_parameters(network) are trainable then
-    with adapters_off(network): ...          the network as it was
     plain = merge(network)                   its own class, its own key names, the product folded in
     save_adapter(network, file); load_adapter(network, file)
 """
@@ -12,8 +11,7 @@ of its layer and its B one pixel (as in peft and diffusers). No Lightning in her
 import copy
 import difflib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -103,21 +101,6 @@ def lora_parameters(network: nn.Module) -> list[nn.Parameter]:
     return [p for _, p in _factors(network)]
 
 
-@contextmanager
-def adapters_off(network: nn.Module) -> Iterator[None]:
-    """The network without its adapters inside: the base prior, at no copy."""
-    layers = [network.get_submodule(n) for n in _adapted(network)]
-    before = [layer.disable_adapters for layer in layers]
-    for layer in layers:
-        # peft's enable_adapters(False) would also stop the gradients of the factors, for good
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, was in zip(layers, before):
-            layer._disable_adapters = was
-
-
 def save_adapter(network: nn.Module, file: Path) -> Path:
     """The factors as safetensors; the header says rank, alpha and layers, so that `load_adapter` needs nothing else."""
     names = _adapted(network)
@@ -128,9 +111,7 @@ def save_adapter(network: nn.Module, file: Path) -> Path:
     weights = {n: p.detach().contiguous().cpu() for n, p in _factors(network)}
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    safetensors.torch.save_file(weights, part, {"format": "pt", METADATA: json.dumps(settings)})
-    part.replace(file)
+    safetensors.torch.save_file(weights, file, {"format": "pt", METADATA: json.dumps(settings)})
     return file
 
 

@@ -1,7 +1,7 @@
 """The family of samplers: what is done with the chain to turn named rows into samples of q_s.
 
 `Independent` runs the guided chain once a row. `Particles` runs groups of rows that are re-weighted and resampled along
-the way. All of them are given the same parts and hand back the same `Samples`.
+the way. `NoiseSpace` walks over the chain's noise, without guidance. All of them are given the same parts and hand back the same `Samples`.
 """
 
 from collections.abc import Callable, Sequence

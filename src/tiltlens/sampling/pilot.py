@@ -6,7 +6,6 @@ calibrated twist freezes. A pilot is named by prior, units, chain and its own se
 independent of every sample's, so that a slope never knows the noise it will steer.
 """
 
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from tiltlens.sampling.chain import Chain
 from tiltlens.sampling.noise import Noise
 from tiltlens.units.bank import UnitBank
 from tiltlens.units.calibration import Natural
+from tiltlens.writing import whole_file
 
 POOLED_STEPS = 2  # a slope is pooled with so many steps on either side: a step's own estimate is noisy
 KEPT_ABOVE = 2.0  # standard errors; below, a slope is about zero and the step is not guided
@@ -36,9 +36,8 @@ class UnitPilot:
     features: Tensor | None = None
 
     def save(self, path: Path) -> None:
-        temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")  # two runs may share a folder of pilots
-        save_file({"members": self.members.contiguous(), "path": self.path.contiguous()}, temporary)
-        temporary.replace(path)
+        with whole_file(path) as part:  # two runs may share a folder of pilots
+            save_file({"members": self.members.contiguous(), "path": self.path.contiguous()}, part)
 
     @classmethod
     def load(cls, path: Path) -> "UnitPilot":

@@ -135,9 +135,7 @@ def save_twin(twin: Encoder | UnitReader, config: TwinConfig, folder: Path) -> P
         k: (v.half() if v.is_floating_point() and k not in PRECISE else v).contiguous().cpu()
         for k, v in _state(twin).items()
     }
-    part = folder / f"{WEIGHTS}.part"
-    save_file(half, part)
-    part.replace(folder / WEIGHTS)
+    save_file(half, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(asdict(config), indent=1) + "\n")
     return folder
 

@@ -39,8 +39,8 @@ def load_encoder(name: str, weights: str | None = None) -> Encoder:
     """The encoder of this name and weights: the same object each time within a process, so that units share
     it.
 
-    Raises ValueError for an unknown name (with near ones) or unfit weights, FileNotFoundError for a missing
-    file, ConnectionError where weights could not be fetched.
+    Raises ValueError for an unknown name (with near ones), unfit weights or such as could not be fetched, FileNotFoundError
+    for a missing file.
     """
     if (name, weights) not in _loaded:
         _loaded[name, weights] = find_encoder(name, weights)()
