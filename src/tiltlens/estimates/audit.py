@@ -7,15 +7,16 @@ into an estimate. MBAR keeps these laws by construction, so it is held against t
 thermodynamic integration is the cross-check of whatever gave log Z.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from tiltlens.estimates.bootstrap import Replicates
 from tiltlens.estimates.bounds import log_z_floor
 from tiltlens.estimates.importance import GROUPS_MIN
-from tiltlens.estimates.integral import integral, quadrature_errors, shortfalls
-from tiltlens.estimates.pool import Pool
+from tiltlens.estimates.integral import compose, disagreements, integral, quadrature_errors, shortfalls
 from tiltlens.estimates.samples import Samples
-from tiltlens.estimates.sweep import Node, Sweep
+from tiltlens.estimates.sweep import Node, Sources, Sweep, decide
 from tiltlens.estimates.trust import SIGNIFICANT
 
 COLLAPSED = "no run has importance weights for it that are healthy"
@@ -24,26 +25,53 @@ MORE_GROUPS = " More groups, more particles in each, or strengths in between wou
 QUADRATURE = 0.1  # of KL: an integral this uncertain, and more than its standard error, is withheld
 
 
-def audit(
+class Settled(NamedTuple):
+    """What may be reported at each strength of a sweep, and what it was made of.
+
+    nodes: (K) by what source; value, se: after the audit, (K,) each; methods: a kl_method each; composed: log Z, KL and m by the nodes' sources,
+    (1 + B, K) over the bootstrap; wider, apart: (3, K) of log Z, KL and m, by how much the bootstrap's errors fall short and what they have
+    besides; warnings.
+    """
+
+    nodes: list[Node]
+    value: Sweep
+    se: Sweep
+    methods: list[str]
+    composed: Sweep
+    wider: np.ndarray
+    apart: np.ndarray
+    warnings: list[str]
+
+
+def settle(sources: Sources, samples: list[Samples], found: np.ndarray, bootstrap: Replicates) -> Settled:
+    """Decide what gives log Z and KL at each strength of sources, withhold what contradicts itself, and say so.
+
+    found: (1 + B, 4, 3, K) what `measure` says of sources and samples over the bootstrap's counts. The errors of
+    an integral come back with those of its quadrature and of its biased means.
+    """
+    nodes = decide(sources, samples, found, bootstrap)
+    composed, single = compose(nodes, found), found[:, 0]
+    single = Sweep(single[:, 0], single[:, 0] + np.nan, single[:, 1], single[:, 2])
+    apart = disagreements(nodes, found, samples, sources.pool, bootstrap)
+    wider = shortfalls(nodes, samples, sources.pool)
+    value, se, methods, said = _withhold(nodes, samples, composed, wider, apart, bootstrap)
+    s = np.array([n.strength for n in nodes])
+    said += _contradictions(s, composed, single, wider.max(0), apart[0], bootstrap)
+    return Settled(nodes, value, se, methods, composed, wider, apart, said)
+
+
+def _withhold(
     nodes: list[Node],
     samples: list[Samples],
-    pool: Pool | None,
     sweep: Sweep,
-    single: Sweep,
+    wider: np.ndarray,
     apart: np.ndarray,
     bootstrap: Replicates,
 ) -> tuple[Sweep, Sweep, list[str], list[str]]:
-    """Withhold what contradicts itself, and say so: (values, standard errors, a kl_method each (K,),
-    warnings).
-
-    pool: of MBAR; sweep: what was decided, (1 + B, K); single: log Z and m by the best single run of each strength; apart: its
-    `disagreements` with MBAR, (3, K). The errors of
-    an integral come back with those of its quadrature and of its biased means.
-    """
+    """(values, standard errors, a kl_method each (K,), warnings)."""
     s = np.array([n.strength for n in nodes])
     value, se = (Sweep(*(f(x) for x in sweep)) for f in (lambda x: x[0].copy(), bootstrap.se))
     methods = [n.method for n in nodes]
-    wider = shortfalls(nodes, samples, pool)
     for x, factor, off in zip((se.log_z, se.kl, se.energy), wider, apart):
         x[:] = np.hypot(x * factor, off)
     quadrature = quadrature_errors(s, value.energy, value.variance)
@@ -82,7 +110,7 @@ def audit(
             )
             continue
         last = max(last, float(value.kl[k]))
-    return value, se, methods, warnings + _contradictions(s, sweep, single, wider.max(0), apart[0], bootstrap)
+    return value, se, methods, warnings
 
 
 def _too_few(strength: float, samples: list[Samples]) -> str | None:

@@ -10,14 +10,13 @@ one sentence, says why.
 import numpy as np
 
 from tiltlens.estimates import mbar
-from tiltlens.estimates.audit import audit
+from tiltlens.estimates.audit import settle
 from tiltlens.estimates.bootstrap import replicate
 from tiltlens.estimates.bounds import Mean, Reach, least_kl, mean, objective
 from tiltlens.estimates.importance import tilt
-from tiltlens.estimates.integral import compose, disagreements, shortfalls
 from tiltlens.estimates.pool import Pool
 from tiltlens.estimates.samples import Samples
-from tiltlens.estimates.sweep import Sweep, decide, find_sources, measure
+from tiltlens.estimates.sweep import find_sources, measure
 from tiltlens.estimates.table import Group, read_groups
 from tiltlens.estimates.trust import trusted_log_z
 from tiltlens.estimates.widening import of_pool, of_run
@@ -63,16 +62,12 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
     bootstrap = replicate(everything, [run.cluster for run in samples])
     ends = [12 * count + k * len(samples) for k in range(3)]
     found, lower, log_z_l, cost = np.split(bootstrap.values, ends, -1)
-    found = found.reshape(-1, 4, 3, count)
-    nodes = decide(sources, samples, found, bootstrap)
-    composed, single = compose(nodes, found), found[:, 0]
-    single = Sweep(single[:, 0], single[:, 0] + np.nan, single[:, 1], single[:, 2])
-    apart = disagreements(nodes, found, samples, sources.pool, bootstrap)
-    sweep, sweep_se, methods, said = audit(nodes, samples, sources.pool, composed, single, apart, bootstrap)
-    warnings += said
-    at = [next(k for k, n in enumerate(nodes) if n.strength == run.strength) for run in samples]
-    gap = cost + composed.log_z[:, at]
-    gap_se = np.hypot(bootstrap.se(gap) * shortfalls(nodes, samples, sources.pool)[0, at], apart[0, at])
+    settled = settle(sources, samples, found.reshape(-1, 4, 3, count), bootstrap)
+    sweep, sweep_se = settled.value, settled.se
+    warnings += settled.warnings
+    at = [next(k for k, n in enumerate(settled.nodes) if n.strength == run.strength) for run in samples]
+    gap = cost + settled.composed.log_z[:, at]
+    gap_se = np.hypot(bootstrap.se(gap) * settled.wider[0, at], settled.apart[0, at])
     wider = _widened(reach, samples, sources.pool)
     lower_se = np.sqrt(bootstrap.se(lower) ** 2 + (wider**2 - 1) * bootstrap.se(log_z_l) ** 2)
 
@@ -103,7 +98,7 @@ def estimate_curve(unit: str, table: dict, pilot: dict | None = None) -> tuple[l
             values["efficiency"] = least.value / path_kl.value
         if run.log_w is not None:
             values["ess"] = tilt(run, run.strength).ess
-        values["kl_method"] = methods[j]
+        values["kl_method"] = settled.methods[j]
         rows.append(_row(unit, group, values))
         if reach[k] and reach[k].edge:
             warnings.append(

@@ -9,12 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from tiltlens.estimates import mbar
-from tiltlens.estimates.audit import audit
+from tiltlens.estimates.audit import settle
 from tiltlens.estimates.bootstrap import replicate
 from tiltlens.estimates.curve import merged
 from tiltlens.estimates.importance import reweight, tilt, trusted_ess
-from tiltlens.estimates.integral import compose, disagreements, shortfalls
-from tiltlens.estimates.sweep import MBAR, Sweep, decide, find_sources, measure
+from tiltlens.estimates.sweep import MBAR, find_sources, measure
 from tiltlens.estimates.table import read_groups
 
 KEYS = ("unit", "strength", "activation", "z", "energy", "kl", "log_z")
@@ -61,14 +60,9 @@ def reweight_rows(unit: str, table: dict, pilot: dict | None, strengths: list[fl
 
     bootstrap = replicate(everything, [run.cluster for run in runs])
     found, *means = np.split(bootstrap.values, [12 * count, 14 * count][: len(observed)], -1)
-    found = found.reshape(-1, 4, 3, count)
-    nodes = decide(sources, runs, found, bootstrap)
-    single = Sweep(found[:, 0, 0], found[:, 0, 0] + np.nan, found[:, 0, 1], found[:, 0, 2])
-    composed = compose(nodes, found)
-    apart = disagreements(nodes, found, runs, sources.pool, bootstrap)
-    value, se, methods, warnings = audit(nodes, runs, sources.pool, composed, single, apart, bootstrap)
-
-    wider, energy_se = shortfalls(nodes, runs, sources.pool)[2], bootstrap.se(composed.energy)
+    settled = settle(sources, runs, found.reshape(-1, 4, 3, count), bootstrap)
+    nodes, value, se, composed = settled.nodes, settled.value, settled.se, settled.composed
+    energy_se = bootstrap.se(composed.energy)
     rows, kept = [], [k for k, node in enumerate(nodes) if node.strength in strengths]
     replicates = {"energy_mean": composed.energy, "kl": composed.kl, "log_z": composed.log_z}
     for k, node in enumerate(nodes):
@@ -78,16 +72,16 @@ def reweight_rows(unit: str, table: dict, pilot: dict | None, strengths: list[fl
                 replicates.setdefault(f"{name}_mean", np.full((len(column), count), np.nan))[:, k] = column
     for k in kept:
         node = nodes[k]
-        row = {"unit": unit, "strength": node.strength, "kl_method": methods[k]}
+        row = {"unit": unit, "strength": node.strength, "kl_method": settled.methods[k]}
         ess = _ess(sources, runs, k, node.source)
         if node.source is not None:
             for name, _ in observed:
                 column = replicates[f"{name}_mean"][:, k]
                 # of the energy's disagreement as much as of its error: the same draws are missing from either mean
-                share = float(apart[2, k] / energy_se[k]) if apart[2, k] else 0.0
+                share = float(settled.apart[2, k] / energy_se[k]) if settled.apart[2, k] else 0.0
                 row |= {
                     f"{name}_mean": float(column[0]),
-                    f"{name}_se": float(bootstrap.se(column) * np.hypot(wider[k], share)),
+                    f"{name}_se": float(bootstrap.se(column) * np.hypot(settled.wider[2, k], share)),
                 }
             row |= {"energy_mean": float(value.energy[k]), "energy_se": float(se.energy[k])}
         for name in ("kl", "log_z"):
@@ -98,7 +92,7 @@ def reweight_rows(unit: str, table: dict, pilot: dict | None, strengths: list[fl
         name: _covariance(drawn[1:, kept], [row[f"{name.removesuffix('_mean')}_se"] for row in rows])
         for name, drawn in replicates.items()
     }
-    return Reweighted(rows, merged(warnings), covariance)
+    return Reweighted(rows, merged(settled.warnings), covariance)
 
 
 def _covariance(drawn: np.ndarray, se: list[float | None]) -> list[list[float | None]]:
