@@ -14,15 +14,25 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from tiltlens.errors import UserError
 from tiltlens.modules.image_data import Batch, BatchStream
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
-from tiltlens.modules.noise_aware_gradients import Spectrum, reader_errors
+from tiltlens.modules.noise_aware_responses import KEEP as KEEP_GAIN
+from tiltlens.modules.noise_aware_responses import (
+    LEAST,
+    MOST,
+    earned,
+    later,
+    respond,
+    responded,
+    response_loss,
+)
 from tiltlens.modules.noise_aware_start import begin_with
 from tiltlens.modules.noise_aware_task import LayerTask, UnitTask
-from tiltlens.modules.own_samples import own_samples
+from tiltlens.modules.own_samples import Paths, own_paths, own_samples
 from tiltlens.priors import load_prior
 from tiltlens.units.combination import build_unit
 from tiltlens.units.noise_aware import TwinConfig, place, reader_of, save_twin, twin_of
@@ -34,6 +44,7 @@ LEVELS = 4  # noise levels a batch
 BINS = 12  # of log-SNR, for the running errors
 KEEP = 0.98  # of a running error, a step
 HELD_OUT = 16  # one own sample in so many is kept for validation
+LOOK = 2000  # steps, after which what later steps tell is read anew
 MOMENTS = 512  # images for means and standard deviations
 
 
@@ -47,9 +58,9 @@ class NoiseAwareModule(LightningModule):
     copy of their encoder, which reads each at its place.
     log_snr: the range of noise levels; until: the highest at which the twin is used, for sharper estimates are the
     encoder's own. own: so many samples of the prior are drawn first, by a chain of `steps`, and make up the share own_share
-    of each batch. gradients: the weight of the gradient's error (`tiltlens.modules.noise_aware_gradients`), beside 1 of the values'; 0
-    for values alone; gradients_from: the log-SNR above which it is taught; of readers of single units. init_from: a folder of a
-    reader of the same units to begin with, or "bundled". fused_attention: False where the fused kernel is the slow one (bf16 on a CPU). Raises UserError or
+    of each batch. responses: the weight of what the reader's gradient earns along the own samples' trajectories
+    (`tiltlens.modules.noise_aware_responses`), beside 1 of the values' error; 0 for values alone, and then own samples are noised as images are; of
+    readers of single units. init_from: a folder of a reader of the same units to begin with, or "bundled". fused_attention: False where the fused kernel is the slow one (bf16 on a CPU). Raises UserError or
     ValueError for what encoder and prior have not, and for numbers that are no share, range or learning rate.
     """
 
@@ -67,8 +78,7 @@ class NoiseAwareModule(LightningModule):
         own: int = 2048,
         own_share: float = 0.5,
         steps: int = 40,
-        gradients: float = 0.0,
-        gradients_from: float = -2.0,
+        responses: float = 0.0,
         init_from: str | None = None,
         learning_rate: float = 5e-4,
         weight_decay: float = 0.05,
@@ -85,22 +95,22 @@ class NoiseAwareModule(LightningModule):
             )
         if not log_snr[0] < log_snr[1]:
             raise UserError(f"model.log_snr = {log_snr}: expected (lowest, highest)")
-        if gradients and not gradients_from < log_snr[1]:
-            raise UserError(
-                f"model.gradients_from = {gradients_from}: expected a level below {log_snr[1]}, the highest of model.log_snr"
-            )
         if until is not None and not log_snr[0] < until:
             raise UserError(
                 f"model.until = {until}: expected a level above {log_snr[0]}, the lowest of model.log_snr"
             )
         if network is not None and not units:
             raise UserError("model.network reads single units: expected model.units, found none")
-        if not units and (gradients or init_from):
+        if not units and (responses or init_from):
             raise UserError(
-                "model.gradients, model.init_from: of readers of single units; expected model.units, found none"
+                "model.responses, model.init_from: of readers of single units; expected model.units, found none"
             )
-        if not 0 <= gradients < float("inf"):
-            raise UserError(f"model.gradients = {gradients}: expected a weight of at least 0")
+        if not 0 <= responses < float("inf"):
+            raise UserError(f"model.responses = {responses}: expected a weight of at least 0")
+        if responses and not 0 < own_share < 1:
+            raise UserError(
+                f"model.responses = {responses}: expected own samples, whose trajectories they are of, and images, found model.own_share = {own_share}"
+            )
         source, self.layers = load_encoder(encoder, weights), [None if x == OUTPUT else x for x in layers]
         if units:
             try:
@@ -112,7 +122,7 @@ class NoiseAwareModule(LightningModule):
             for layer in self.layers:  # before the prior is loaded
                 source.require_layer(layer)
             self.twin = twin_of(source)
-        self.gradients, self.gradients_from, self.before = gradients, gradients_from, {}
+        self.responses, self.before = responses, {}
         self.units, self.network = list(self.twin.members) if units else [], network
         self.trained = self.twin.trained() if units else list(self.twin.parameters())
         for weight in self.trained:
@@ -139,10 +149,13 @@ class NoiseAwareModule(LightningModule):
         self.own, self.own_share, self.steps = own, own_share, steps
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.register_buffer("errors", torch.ones(BINS, len(self.task.weights)))
-        if gradients:
-            self.register_buffer("gradient_errors", torch.ones(BINS))
+        if responses:
+            self.register_buffer("gain", torch.zeros(BINS, len(self.task.weights)))
+            self.register_buffer("cost", torch.full((BINS, len(self.task.weights)), 1e-4))
         self.own_states: Tensor | None = None
-        self.spectrum: Spectrum | None = None
+        self.paths: Paths | None = None
+        self.later: Tensor | None = None
+        self.looked: int | None = None  # at this step
         self._prepared = False
 
     def setup(self, stage: str) -> None:
@@ -176,13 +189,20 @@ class NoiseAwareModule(LightningModule):
         """The prior's own samples, from the run's folder where they lie there, and the columns' moments."""
         source, prior = self._parts
         source.to(self.device), prior.to(self.device)
-        if self.own:
+        if self.responses:
+            levels = (self.low, self.until)
+            self.paths = own_paths(self.trainer, prior, self.own, self.steps, levels, self.device)
+        elif self.own:
             self.own_states = own_samples(self.trainer, prior, self.own, self.steps, self.device)
-        self.task.know(
-            self.own_states, self.trainer, [prior.fingerprint, str(self.trainer.precision)], self.device
-        )
+        own = self.paths.x_0 if self.paths else self.own_states
+        self.task.know(own, self.trainer, [prior.fingerprint, str(self.trainer.precision)], self.device)
         self._measure()
         self._prepared = True
+
+    @property
+    def _apart(self) -> int:
+        """Own samples from this one on are held out."""
+        return max(self.own - max(self.own // HELD_OUT, 1), 1)
 
     def states(
         self, images: Tensor, generator: torch.Generator, held_out: bool = False
@@ -191,10 +211,9 @@ class NoiseAwareModule(LightningModule):
         own sample (B,), -1 for an image; whether mirrored (B,). held_out: of the last own samples, which are not trained on."""
         x_0 = self._parts[1].encode(images)
         own = torch.full((len(images),), -1)
-        count = round(self.own_share * len(images)) if self.own else 0
+        count = round(self.own_share * len(images)) if self.own_states is not None else 0
         if count:
-            apart = max(self.own - max(self.own // HELD_OUT, 1), 1)
-            first, end = (min(apart, self.own - 1), self.own) if held_out else (0, apart)
+            first, end = (min(self._apart, self.own - 1), self.own) if held_out else (0, self._apart)
             own[:count] = torch.randint(first, end, (count,), generator=generator)
             x_0 = torch.cat([self.own_states[own[:count]].to(x_0), x_0[count:]])
         mirrored = torch.rand(len(x_0), generator=generator) < 0.5
@@ -219,87 +238,113 @@ class NoiseAwareModule(LightningModule):
 
     def errors_of(
         self, images: Tensor, generator: torch.Generator, held_out: bool = False
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Squared errors (B, columns) in units of the encoder's variance, log-SNR (B,), and what they are of: x0_hat, x_0
-        (B, *shape) and steps of the table (B,)."""
-        x_0, own, mirrored = self.states(images, generator, held_out)
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """Squared errors (B, columns) in units of the encoder's variance, log-SNR (B,), and, where responses are taught, `respond` of the last
+        rows, which are then those of own trajectories."""
+        log_snr = self._parts[1].denoiser.schedule.log_snr
+        count = round(self.own_share * len(images)) if self.paths else 0
+        x_0, own, mirrored = self.states(images[count:], generator, held_out)
         x0_hat, t = self.estimates(x_0, generator)
-        log_snr = self._parts[1].denoiser.schedule.log_snr[t].to(images)
-        errors = self.task.errors(x0_hat, log_snr, self.task.targets(x_0, own, mirrored))
-        return errors, log_snr, (x0_hat, x_0, t)
-
-    def gradient_errors_of(
-        self, log_snr: Tensor, seen: tuple[Tensor, Tensor, Tensor], generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`reader_errors` (R,) twice, of the rows above `gradients_from` alone, and their log-SNR (R,). seen: as of `errors_of`."""
-        prior, told = self._parts[1], log_snr > self.gradients_from
-        if not told.any():
-            return log_snr.new_zeros(0), log_snr.new_zeros(0), log_snr[told]
-        x0_hat, x_0, t = (x[told.to(x.device)] for x in seen)
-        alpha, sigma = prior.denoiser.schedule.alpha[t], prior.denoiser.schedule.sigma[t]
-        jacobian = lambda h: self.spectrum.jacobian(h, alpha, sigma)  # noqa: E731
-        found = reader_errors(self.task, prior.decode, x0_hat, x_0, log_snr[told], jacobian, generator)
-        return *found, log_snr[told]
+        level = log_snr[t].to(images)
+        errors = self.task.errors(x0_hat, level, self.task.targets(x_0, own, mirrored))
+        if not count:
+            return errors, level, None
+        bound, rows = self.paths.below(self._apart), len(self.paths.t)
+        first, end = (min(bound, rows - 1), rows) if held_out else (0, max(bound, 1))
+        which = torch.randint(first, end, (count,), generator=generator)
+        mirrored = torch.rand(count, generator=generator) < 0.5
+        x0_hat, moved = self.paths.rows(which, mirrored, images)
+        told = log_snr[self.paths.t[which]].to(images)
+        targets = self.task.targets(x0_hat, self.paths.sample[which], mirrored)
+        residual, d = respond(self.task, x0_hat, moved, told, targets)
+        errors, level = torch.cat([errors, residual.square()]), torch.cat([level, told])
+        if not held_out:
+            residual = residual - self.later[which].to(residual)
+        return errors, level, (residual, d)
 
     @torch.no_grad()
     def _measure(self) -> None:
-        """The task's moments, and the states' spectrum, over the first MOMENTS of what is trained on."""
+        """The task's moments, over the first MOMENTS of what is trained on."""
         data, seen, count = self.trainer.datamodule, [], 0
-        spectrum = Spectrum() if self.gradients else None
         for batch in BatchStream(*data.train_set, data.batch_size, data.seed, shuffle=True):
             generator = torch.Generator().manual_seed(batch["seed"])
-            drawn = self.states(batch["image"].to(self.device), generator)
-            seen.append(self.task.targets(*drawn))
-            if spectrum is not None:
-                spectrum.add(drawn[0])
+            seen.append(self.task.targets(*self.states(batch["image"].to(self.device), generator)))
             count += len(batch["image"])
             if count >= MOMENTS:
                 break
         self.task.measure(seen)
-        self.spectrum = spectrum
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["later"], checkpoint["looked"] = self.later, self.looked
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.later, self.looked = checkpoint.get("later"), checkpoint.get("looked")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.paths and self.looked != (due := self.global_step - self.global_step % LOOK):
+            self._look_ahead()
+            self.looked = due
         generator = torch.Generator().manual_seed(batch["seed"])
-        errors, log_snr, seen = self.errors_of(batch["image"], generator)
+        errors, log_snr, told = self.errors_of(batch["image"], generator)
         bins = self._bins(log_snr)
-        self._follow(self.errors, errors, bins)
+        self._follow(self.errors, errors, bins, KEEP)
         loss = ((errors / self.errors[bins]) @ self.task.weights.to(errors)).mean()
         self.log("train_loss", (self.errors.log() @ self.task.weights.to(errors)).mean(), prog_bar=True)
         self.log("train_error", errors[:, self.task.told].mean(), batch_size=len(errors))
-        if self.gradients:
-            error, _, told = self.gradient_errors_of(log_snr, seen, generator)  # it may be that none is told
-            bins = self._bins(told)
-            self._follow(self.gradient_errors, error.detach(), bins)
-            # of a whole batch, so that a row weighs the same however many are told
-            loss = loss + self.gradients * (error / self.gradient_errors[bins]).sum() / len(errors)
-            taught = int(self._bins(torch.tensor(self.gradients_from)))
-            self.log("train_error_gradient", self.gradient_errors[taught:].log().mean())
+        if told:
+            (residual, d), bins = told, bins[-len(told[1]) :]
+            self._follow(self.gain, (residual * d).detach(), bins, KEEP_GAIN)
+            self._follow(self.cost, d.detach().square(), bins, KEEP_GAIN)
+            # a sum over the steps of a trajectory
+            steps = len(self.paths.t) / self.own
+            error = (
+                response_loss(residual, d, self._kappa(log_snr[-len(d) :])) @ self.task.weights.to(d) * steps
+            )
+            loss = loss + self.responses * error.mean()
+            self.log("train_response", -error.detach().mean())
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"])
         return loss
+
+    @torch.no_grad()
+    def _look_ahead(self) -> None:
+        """What later steps tell, of every row that is trained on, by the reader as it is now. Of a mirrored row it is taken to be the same: it
+        need not be right to be no news."""
+        rows, log_snr = range(self.paths.below(self._apart)), self._parts[1].denoiser.schedule.log_snr
+        rank_zero_info(f"own trajectories: {len(rows)} rows are read for what their later steps tell")
+        with self.trainer.precision_plugin.forward_context():
+            residual, d, level = responded(self.task, self.paths, rows, log_snr)
+        bins = self._bins(level)
+        for b in bins.unique():
+            self.gain[b], self.cost[b] = (x[bins == b].mean(0) for x in (residual * d, d.square()))
+        self.later = later(self.paths, 0, self._kappa(level) * d)
+
+    def _kappa(self, log_snr: Tensor) -> Tensor:
+        """The factor of the reader's gradient that earns most at these levels (R, units)."""
+        return (self.gain / self.cost).clamp(LEAST, MOST)[self._bins(log_snr)]
 
     def _bins(self, log_snr: Tensor) -> Tensor:
         return ((log_snr - self.low) / (self.high - self.low) * BINS).long().clamp(0, BINS - 1)
 
     @torch.no_grad()
-    def _follow(self, running: Tensor, errors: Tensor, bins: Tensor) -> None:
+    def _follow(self, running: Tensor, errors: Tensor, bins: Tensor, keep: float) -> None:
         for b in bins.unique():
-            running[b].lerp_(errors[bins == b].mean(0), (1 - KEEP) if self.global_step > 50 else 0.2)
+            running[b].lerp_(errors[bins == b].mean(0), (1 - keep) if self.global_step > 50 else 0.2)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """val_error: of units or means, in units of the variance, all noise levels alike; val_error_output: of the output;
-        val_error_gradient: of J times the gradient (`gradient_error`), in units of its mean square at the samples, the mean over a
-        batch's levels above `gradients_from`."""
+        """val_error: of units or means, in units of the variance, all noise levels alike; val_error_output: of the output; val_response: the
+        share of Var a that the reader's gradient earns along the own samples that are held out, mean over the units."""
         generator = torch.Generator().manual_seed(batch["seed"])
-        errors, log_snr, seen = self.errors_of(batch["image"], generator, held_out=True)
+        errors, _, _ = self.errors_of(batch["image"], generator, held_out=True)
         self.log("val_error", errors[:, self.task.told].mean(), prog_bar=True, batch_size=len(errors))
-        if self.gradients:
-            error, size, told = self.gradient_errors_of(log_snr, seen, generator)
-            shares = [float(error[told == v].sum() / size[told == v].sum()) for v in told.unique()]
-            if shares:
-                self.log("val_error_gradient", sum(shares) / len(shares), batch_size=len(error))
         if self.task.output is not None:
             output = errors[:, self.task.output].mean()
             self.log("val_error_output", output, prog_bar=True, batch_size=len(errors))
+
+    def on_validation_epoch_end(self) -> None:
+        if self.paths and self._apart < self.own:
+            log_snr = self._parts[1].denoiser.schedule.log_snr
+            share = earned(self.task, self.paths, self._apart, log_snr, self._kappa)
+            self.log("val_response", share.mean(), prog_bar=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(self.trained, self.learning_rate, weight_decay=self.weight_decay)
@@ -308,14 +353,16 @@ class NoiseAwareModule(LightningModule):
     def export(self, folder: Path) -> Path:
         """Writes folder/noise-aware, for --model.noise_aware."""
         source, prior = self._parts
-        found = {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val_error")}
+        found = {
+            k: float(v)
+            for k, v in self.trainer.callback_metrics.items()
+            if k.startswith(("val_error", "val_response"))
+        }
         trained = {
             "steps": self.trainer.global_step, "own": self.own, "own_share": self.own_share,
             "processor_seconds": round(time.process_time() - self.began), **found,
         }  # fmt: skip
-        trained |= (
-            {"gradients": self.gradients, "gradients_from": self.gradients_from} if self.gradients else {}
-        )
+        trained |= {"responses": self.responses} if self.responses else {}
         trained |= {"init_from": self.before} if self.before else {}
         if self.network or not self.units:
             trained["layers"] = [x or OUTPUT for x in self.layers]

@@ -111,10 +111,6 @@ class UnitTask:
         z = self.reader(self.decode(x0_hat), log_snr).float()
         return (z - (targets - self.reader.mean) / self.reader.std).square()
 
-    def plainly(self, images: Tensor) -> Tensor:
-        """What the encoder says of images, in the reader's units (B, units)."""
-        return (self._raw(images) - self.reader.mean) / self.reader.std
-
     def _raw(self, images: Tensor) -> Tensor:
         """(B, units), by the encoder."""
         outputs = self.encoder.outputs(images, list(dict.fromkeys(m.address.layer for m in self.members)))
