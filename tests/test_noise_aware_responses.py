@@ -236,6 +236,28 @@ def test_a_training_of_responses_goes_on_as_if_nothing_had_been(folder, tmp_path
     torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_heads_that_are_zero_yet_and_batches_of_one_image(folder, tmp_path):
+    """A reader of another network begins with d = 0: no kappa is to be had of it yet, and it learns. Of a batch of one there is an image."""
+    data = ImageFolderData("FakeData?size=8", "FakeData?size=9", size=8, batch_size=8, cache=tmp_path)
+    module = NoiseAwareModule(
+        "slope-net", units=UNITS, prior=str(folder), log_snr=(-3.0, 3.0), own=8, steps=5, responses=1.0, network="slope-net", layers=["0"],
+        own_share=0.9,
+    )  # fmt: skip
+    trainer = Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    assert all(bool(torch.isfinite(w).all()) for w in module.trained)
+    assert bool((module.cost > 0).any())
+    (found,) = trainer.validate(module, data, verbose=False)
+    assert 0 <= found["val_response"] < 10  # one trajectory is held out
+    short = NoiseAwareModule("slope-net", units=UNITS, prior=str(folder), own=8, steps=1, responses=1.0)
+    with pytest.raises(UserError, match=r"model.steps = 1: expected a step, but the last"):
+        trainer.fit(short, data)
+
+
 def test_what_cannot_be_is_refused(folder, tmp_path):
     prior = str(folder)
     NoiseAwareModule("slope-net", units=UNITS, prior=prior, own=0, own_share=0)

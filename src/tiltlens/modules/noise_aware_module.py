@@ -175,6 +175,8 @@ class NoiseAwareModule(LightningModule):
         return {
             "encoder_sha256": source.fingerprint, "prior_sha256": prior.fingerprint, "model.units": [place(m) for m in self.units],
             "model.network": self.network, "model.layers": self.layers, "model.log_snr": [self.low, self.high],
+            # whose later steps the checkpoint tells
+            **({"model.own, model.steps, model.until": [self.own, self.steps, self.until]} if self.responses else {}),
         }  # fmt: skip
 
     def on_fit_start(self) -> None:
@@ -240,9 +242,9 @@ class NoiseAwareModule(LightningModule):
         self, images: Tensor, generator: torch.Generator, held_out: bool = False
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Squared errors (B, columns) in units of the encoder's variance, log-SNR (B,), and, where responses are taught, `respond` of the last
-        rows, which are then those of own trajectories."""
+        rows, which are then those of own trajectories, at the levels of their chains; in training less what their later steps tell."""
         log_snr = self._parts[1].denoiser.schedule.log_snr
-        count = round(self.own_share * len(images)) if self.paths else 0
+        count = min(round(self.own_share * len(images)), len(images) - 1) if self.paths else 0
         x_0, own, mirrored = self.states(images[count:], generator, held_out)
         x0_hat, t = self.estimates(x_0, generator)
         level = log_snr[t].to(images)
@@ -255,12 +257,16 @@ class NoiseAwareModule(LightningModule):
         mirrored = torch.rand(count, generator=generator) < 0.5
         x0_hat, moved = self.paths.rows(which, mirrored, images)
         told = log_snr[self.paths.t[which]].to(images)
-        targets = self.task.targets(x0_hat, self.paths.sample[which], mirrored)
+        targets = self._known(self.paths.sample[which], mirrored)
         residual, d = respond(self.task, x0_hat, moved, told, targets)
         errors, level = torch.cat([errors, residual.square()]), torch.cat([level, told])
         if not held_out:
             residual = residual - self.later[which].to(residual)
         return errors, level, (residual, d)
+
+    def _known(self, own: Tensor, mirrored: Tensor) -> Tensor:
+        """What the encoder says of own samples (B, units), raw."""
+        return self.task.targets(self.task.reader.mean.new_zeros(len(own), 1), own, mirrored)
 
     @torch.no_grad()
     def _measure(self) -> None:
@@ -268,7 +274,11 @@ class NoiseAwareModule(LightningModule):
         data, seen, count = self.trainer.datamodule, [], 0
         for batch in BatchStream(*data.train_set, data.batch_size, data.seed, shuffle=True):
             generator = torch.Generator().manual_seed(batch["seed"])
-            seen.append(self.task.targets(*self.states(batch["image"].to(self.device), generator)))
+            images = batch["image"].to(self.device)
+            seen.append(self.task.targets(*self.states(images, generator)))
+            if self.paths:
+                own = torch.randint(self._apart, (round(self.own_share * len(images)),), generator=generator)
+                seen[-1] = torch.cat([self._known(own, own % 2 == 0), seen[-1][len(own) :]])
             count += len(batch["image"])
             if count >= MOMENTS:
                 break
@@ -287,19 +297,18 @@ class NoiseAwareModule(LightningModule):
         generator = torch.Generator().manual_seed(batch["seed"])
         errors, log_snr, told = self.errors_of(batch["image"], generator)
         bins = self._bins(log_snr)
-        self._follow(self.errors, errors, bins, KEEP)
+        self._follow(self.errors, errors, bins, (1 - KEEP) if self.global_step > 50 else 0.2)
         loss = ((errors / self.errors[bins]) @ self.task.weights.to(errors)).mean()
         self.log("train_loss", (self.errors.log() @ self.task.weights.to(errors)).mean(), prog_bar=True)
         self.log("train_error", errors[:, self.task.told].mean(), batch_size=len(errors))
         if told:
             (residual, d), bins = told, bins[-len(told[1]) :]
-            self._follow(self.gain, (residual * d).detach(), bins, KEEP_GAIN)
-            self._follow(self.cost, d.detach().square(), bins, KEEP_GAIN)
+            kappa = self._kappa(log_snr[-len(d) :])  # of the batches before
+            self._follow(self.gain, (residual * d).detach(), bins, 1 - KEEP_GAIN)
+            self._follow(self.cost, d.detach().square(), bins, 1 - KEEP_GAIN)
             # a sum over the steps of a trajectory
             steps = len(self.paths.t) / self.own
-            error = (
-                response_loss(residual, d, self._kappa(log_snr[-len(d) :])) @ self.task.weights.to(d) * steps
-            )
+            error = response_loss(residual, d, kappa) @ self.task.weights.to(d) * steps
             loss = loss + self.responses * error.mean()
             self.log("train_response", -error.detach().mean())
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"])
@@ -311,28 +320,30 @@ class NoiseAwareModule(LightningModule):
         need not be right to be no news."""
         rows, log_snr = range(self.paths.below(self._apart)), self._parts[1].denoiser.schedule.log_snr
         rank_zero_info(f"own trajectories: {len(rows)} rows are read for what their later steps tell")
-        with self.trainer.precision_plugin.forward_context():
-            residual, d, level = responded(self.task, self.paths, rows, log_snr)
-        bins = self._bins(level)
-        for b in bins.unique():
-            self.gain[b], self.cost[b] = (x[bins == b].mean(0) for x in (residual * d, d.square()))
-        self.later = later(self.paths, 0, self._kappa(level) * d)
+        residual, d, level = responded(self.task, self.paths, rows, log_snr)
+        bins, self.later = self._bins(level), torch.zeros_like(d)
+        for _ in range(2):  # kappa, for what is taken off, and kappa of what is left
+            for b in bins.unique():
+                left = residual[bins == b] - self.later[bins == b]
+                self.gain[b], self.cost[b] = (left * d[bins == b]).mean(0), d[bins == b].square().mean(0)
+            self.later = later(self.paths, 0, self._kappa(level) * d)
 
     def _kappa(self, log_snr: Tensor) -> Tensor:
         """The factor of the reader's gradient that earns most at these levels (R, units)."""
-        return (self.gain / self.cost).clamp(LEAST, MOST)[self._bins(log_snr)]
+        return (self.gain / self.cost.clamp_min(1e-8)).clamp(LEAST, MOST)[self._bins(log_snr)]
 
     def _bins(self, log_snr: Tensor) -> Tensor:
         return ((log_snr - self.low) / (self.high - self.low) * BINS).long().clamp(0, BINS - 1)
 
     @torch.no_grad()
-    def _follow(self, running: Tensor, errors: Tensor, bins: Tensor, keep: float) -> None:
+    def _follow(self, running: Tensor, errors: Tensor, bins: Tensor, new: float) -> None:
         for b in bins.unique():
-            running[b].lerp_(errors[bins == b].mean(0), (1 - keep) if self.global_step > 50 else 0.2)
+            running[b].lerp_(errors[bins == b].mean(0), new)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """val_error: of units or means, in units of the variance, all noise levels alike; val_error_output: of the output; val_response: the
-        share of Var a that the reader's gradient earns along the own samples that are held out, mean over the units."""
+        """val_error: of units or means, in units of the variance, all noise levels alike, or where responses are taught own trajectories at the
+        levels of their chains; val_error_output: of the output. val_response: the share of Var a that the reader's gradient earns along the
+        trajectories that are held out, mean over the units."""
         generator = torch.Generator().manual_seed(batch["seed"])
         errors, _, _ = self.errors_of(batch["image"], generator, held_out=True)
         self.log("val_error", errors[:, self.task.told].mean(), prog_bar=True, batch_size=len(errors))
@@ -340,10 +351,12 @@ class NoiseAwareModule(LightningModule):
             output = errors[:, self.task.output].mean()
             self.log("val_error_output", output, prog_bar=True, batch_size=len(errors))
 
-    def on_validation_epoch_end(self) -> None:
+    def on_validation_epoch_start(self) -> None:
+        """At the start, where the average of the weights is in place, and outside of what sets the precision of a step."""
         if self.paths and self._apart < self.own:
             log_snr = self._parts[1].denoiser.schedule.log_snr
-            share = earned(self.task, self.paths, self._apart, log_snr, self._kappa)
+            with self.trainer.precision_plugin.forward_context():
+                share = earned(self.task, self.paths, self._apart, log_snr, self._kappa)
             self.log("val_response", share.mean(), prog_bar=True)
 
     def configure_optimizers(self) -> dict[str, Any]:

@@ -5,12 +5,13 @@ J = dx0_hat/dx_t (`tiltlens.sampling.responses`). With d = y.z, a shift kappa y 
 
     2 kappa E[(a(x_0) - r) d] - kappa^2 E[d^2],     at the best kappa:  E[(a - r) d]^2 / E[d^2]
 
-and with both means summed over the steps this is the KL efficiency in linear response: 1 for the exact reader and short steps. The loss is what is paid less what is earned,
+and with both means summed over the steps this is the KL efficiency in linear response, of steering at these levels alone: for the exact reader and short
+steps the share of Var a that is decided there. The loss is what is paid less what is earned,
 kappa held fixed at each level's best. A regression of values alone bounds the error of r; an error that is small but varies from step to step costs little there, and nats here. No gradient of the encoder is
 needed, nor that x_0 | x_t be Gaussian.
 
 a(x_0) is news of all the steps from t on, of which this one's is a small part. What the later steps drew is known, and E[d_k | x_k] = 0 at each of
-them, whatever the reader, so that
+them, of any reader that has not seen these z, so that
 
     E[(a(x_0) - r - sum_{k later} kappa_k d_k) d] = E[(a(x_0) - r) d]
 
@@ -36,7 +37,7 @@ ROWS = 128
 def respond(
     task: UnitTask, x0_hat: Tensor, moved: Tensor, log_snr: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """a - r and d (R, units), in the reader's units. x0_hat, moved (R, *shape), log_snr (R,), targets (R, units) raw."""
+    """a - r, r the mean of both ends, and d (R, units), in the reader's units. x0_hat, moved (R, *shape), log_snr (R,), targets (R, units) raw."""
     ends = torch.cat([x0_hat + STEP * moved, x0_hat - STEP * moved])
     up, down = task.reader(task.decode(ends), torch.cat([log_snr, log_snr])).float().chunk(2)
     return (targets - task.reader.mean) / task.reader.std - (up + down) / 2, (up - down) / (2 * STEP)
@@ -75,7 +76,7 @@ def earned(task: UnitTask, paths: Paths, first: int, log_snr: Tensor, kappa: Rea
     residual, d, level = responded(task, paths, rows, log_snr)
     residual = residual - later(paths, rows.start, kappa(level) * d)
     gain, cost = (residual * d).sum(0) / count, d.square().sum(0) / count
-    own = torch.arange(first, len(paths.x_0))
-    a = task.targets(task.reader.mean.new_zeros(count, 1), own, torch.zeros(count, dtype=torch.bool))
+    own = torch.arange(len(paths.x_0))  # of all: one alone may be held out, and has no variance
+    a = task.targets(task.reader.mean.new_zeros(len(own), 1), own, torch.zeros_like(own, dtype=torch.bool))
     variance = (a / task.reader.std).var(0, correction=0)
     return gain.clamp_min(0).square() / (cost * variance).clamp_min(1e-12)

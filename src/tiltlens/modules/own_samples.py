@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tiltlens.errors import UserError
 from tiltlens.priors.prior import Prior
 from tiltlens.sampling.chain import Chain
 from tiltlens.sampling.noise import stream_seed
@@ -61,11 +62,16 @@ def own_paths(
     trainer: Trainer, prior: Prior, count: int, steps: int, levels: tuple[float, float], device: torch.device
 ) -> Paths:
     """`count` trajectories of unguided chains of `steps` to steps + 3, at these levels of log-SNR; kept as `own_samples` are, a clean
-    estimate in half precision: about 12 kB a row of 32 pixels, half a gigabyte for 6,000 trajectories of 7 rows."""
-    grids = [
-        step_indices(prior.denoiser.schedule, min(steps + k, len(prior.denoiser.schedule)))
-        for k in range(GRIDS)
-    ]
+    estimate in half precision: about 12 kB a row of 32 pixels, a gigabyte for 6,000 trajectories of 12 rows. Raises UserError where a chain has
+    no step at these levels."""
+    schedule, (low, high) = prior.denoiser.schedule, levels
+    grids = [step_indices(schedule, min(steps + k, len(schedule)) if k else steps) for k in range(GRIDS)]
+    for grid in grids:
+        if not any(low <= float(v) <= high for v in schedule.log_snr[grid[:-1]]):
+            raise UserError(
+                f"model.steps = {steps}: expected a step, but the last, at a log-SNR of {low:g} to {high:g} in a chain of {len(grid)} steps, found none: "
+                "raise model.steps or widen model.log_snr"
+            )
 
     def draw() -> Iterator[dict[str, Tensor]]:
         for k, first in enumerate(range(0, count, BATCH)):

@@ -9,6 +9,7 @@ For any function f of the clean estimate <grad f(x0_hat), moved> = delta.z/v, de
 import torch
 from torch import Tensor
 
+from tiltlens.guidance.guidance import clean_estimate
 from tiltlens.sampling.chain import Chain
 from tiltlens.sampling.noise import Noise
 
@@ -34,7 +35,6 @@ def responses(
     denoiser, low, high = chain.denoiser, *levels
     noise, ahead = (Noise(seeds, denoiser.shape, device, dtype, domain=domain) for _ in range(2))
     state, found = chain.start(noise), []
-    ahead.draw("start")
     for number, c in enumerate(chain.coefficients):
         t = chain.indices[number]
         guided = chain.estimate(state, number, noise)
@@ -42,7 +42,9 @@ def responses(
             z = ahead.draw("step")
             if low <= float(denoiser.schedule.log_snr[t]) <= high:
                 alpha, sigma = float(denoiser.schedule.alpha[t]), float(denoiser.schedule.sigma[t])
-                up, down = (denoiser(state.x + k * NUDGE * sigma * z, t) for k in (1, -1))
+                up, down = (
+                    clean_estimate(denoiser, state.x + k * NUDGE * sigma * z, t, chain.clip) for k in (1, -1)
+                )
                 moved = (c.x0 * sigma / (2 * NUDGE * alpha * c.v)) * (up - down)
                 found.append((torch.full((len(z),), t), guided.x0_hat, moved))
         state, _ = chain.move(state, number, guided, noise)
