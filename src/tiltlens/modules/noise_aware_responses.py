@@ -6,8 +6,7 @@ J = dx0_hat/dx_t (`tiltlens.sampling.responses`). With d = y.z, a shift kappa y 
     2 kappa E[(a(x_0) - r) d] - kappa^2 E[d^2],     at the best kappa:  E[(a - r) d]^2 / E[d^2]
 
 and with both means summed over the steps this is the KL efficiency in linear response, of steering at these levels alone: for the exact reader and short
-steps the share of Var a that is decided there. The loss is what is paid less what is earned,
-kappa held fixed at each level's best. A regression of values alone bounds the error of r; an error that is small but varies from step to step costs little there, and nats here. No gradient of the encoder is
+steps the share of Var a that is decided there. The loss is what is paid less what is earned, kappa held fixed at each level's best. A regression of values alone bounds the error of r; an error that is small but varies from step to step costs little there, and nats here. No gradient of the encoder is
 needed, nor that x_0 | x_t be Gaussian.
 
 a(x_0) is news of all the steps from t on, of which this one's is a small part. What the later steps drew is known, and E[d_k | x_k] = 0 at each of
