@@ -14,24 +14,15 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from tiltlens.errors import UserError
 from tiltlens.modules.image_data import Batch, BatchStream
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
-from tiltlens.modules.noise_aware_responses import KEEP as KEEP_GAIN
-from tiltlens.modules.noise_aware_responses import (
-    LEAST,
-    MOST,
-    earned,
-    later,
-    respond,
-    responded,
-    response_loss,
-)
+from tiltlens.modules.noise_aware_responses import Responses, earned, respond
 from tiltlens.modules.noise_aware_start import begin_with
 from tiltlens.modules.noise_aware_task import LayerTask, UnitTask
+from tiltlens.modules.noise_levels import LevelMeans
 from tiltlens.modules.own_samples import Paths, own_paths, own_samples
 from tiltlens.priors import load_prior
 from tiltlens.units.combination import build_unit
@@ -41,10 +32,8 @@ from tiltlens.writing import whole_folder
 
 OUTPUT = "output"  # the encoder's own output, in `layers`
 LEVELS = 4  # noise levels a batch
-BINS = 12  # of log-SNR, for the running errors
 KEEP = 0.98  # of a running error, a step
 HELD_OUT = 16  # one own sample in so many is kept for validation
-LOOK = 2000  # steps, after which what later steps tell is read anew
 MOMENTS = 512  # images for means and standard deviations
 
 
@@ -122,7 +111,7 @@ class NoiseAwareModule(LightningModule):
             for layer in self.layers:  # before the prior is loaded
                 source.require_layer(layer)
             self.twin = twin_of(source)
-        self.responses, self.before = responses, {}
+        self.before = {}
         self.units, self.network = list(self.twin.members) if units else [], network
         self.trained = self.twin.trained() if units else list(self.twin.parameters())
         for weight in self.trained:
@@ -148,14 +137,11 @@ class NoiseAwareModule(LightningModule):
         self.until = self.high if until is None else min(float(until), self.high)
         self.own, self.own_share, self.steps = own, own_share, steps
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
-        self.register_buffer("errors", torch.ones(BINS, len(self.task.weights)))
-        if responses:
-            self.register_buffer("gain", torch.zeros(BINS, len(self.task.weights)))
-            self.register_buffer("cost", torch.full((BINS, len(self.task.weights)), 1e-4))
+        levels = self.low, self.high, len(self.task.weights)
+        self.errors = LevelMeans(*levels, 1.0)
+        self.response_weight, self.responses = responses, Responses(*levels) if responses else None
         self.own_states: Tensor | None = None
         self.paths: Paths | None = None
-        self.later: Tensor | None = None
-        self.looked: int | None = None  # at this step
         self._prepared = False
 
     def setup(self, stage: str) -> None:
@@ -261,7 +247,7 @@ class NoiseAwareModule(LightningModule):
         residual, d = respond(self.task, x0_hat, moved, told, targets)
         errors, level = torch.cat([errors, residual.square()]), torch.cat([level, told])
         if not held_out:
-            residual = residual - self.later[which].to(residual)
+            residual = residual - self.responses.later[which].to(residual)
         return errors, level, (residual, d)
 
     def _known(self, own: Tensor, mirrored: Tensor) -> Tensor:
@@ -285,60 +271,31 @@ class NoiseAwareModule(LightningModule):
         self.task.measure(seen)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["later"], checkpoint["looked"] = self.later, self.looked
+        if self.responses:
+            checkpoint["later"], checkpoint["looked"] = self.responses.later, self.responses.looked
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.later, self.looked = checkpoint.get("later"), checkpoint.get("looked")
+        if self.responses:
+            self.responses.later, self.responses.looked = checkpoint.get("later"), checkpoint.get("looked")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if self.paths and self.looked != (due := self.global_step - self.global_step % LOOK):
-            self._look_ahead()
-            self.looked = due
+        if self.paths:
+            log_snr = self._parts[1].denoiser.schedule.log_snr
+            self.responses.look_ahead(self.global_step, self.task, self.paths, self._apart, log_snr)
         generator = torch.Generator().manual_seed(batch["seed"])
         errors, log_snr, told = self.errors_of(batch["image"], generator)
-        bins = self._bins(log_snr)
-        self._follow(self.errors, errors, bins, (1 - KEEP) if self.global_step > 50 else 0.2)
-        loss = ((errors / self.errors[bins]) @ self.task.weights.to(errors)).mean()
-        self.log("train_loss", (self.errors.log() @ self.task.weights.to(errors)).mean(), prog_bar=True)
+        self.errors.follow(errors, log_snr, (1 - KEEP) if self.global_step > 50 else 0.2)
+        weights = self.task.weights.to(errors)
+        loss = ((errors / self.errors.at(log_snr)) @ weights).mean()
+        self.log("train_loss", (self.errors.mean.log() @ weights).mean(), prog_bar=True)
         self.log("train_error", errors[:, self.task.told].mean(), batch_size=len(errors))
         if told:
-            (residual, d), bins = told, bins[-len(told[1]) :]
-            kappa = self._kappa(log_snr[-len(d) :])  # of the batches before
-            self._follow(self.gain, (residual * d).detach(), bins, 1 - KEEP_GAIN)
-            self._follow(self.cost, d.detach().square(), bins, 1 - KEEP_GAIN)
-            # a sum over the steps of a trajectory
-            steps = len(self.paths.t) / self.own
-            error = response_loss(residual, d, kappa) @ self.task.weights.to(d) * steps
-            loss = loss + self.responses * error.mean()
+            steps = len(self.paths.t) / self.own  # the loss is a sum over those of a trajectory
+            error = self.responses.loss(*told, log_snr[-len(told[1]) :]) @ weights * steps
+            loss = loss + self.response_weight * error.mean()
             self.log("train_response", -error.detach().mean())
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"])
         return loss
-
-    @torch.no_grad()
-    def _look_ahead(self) -> None:
-        """What later steps tell, of every row that is trained on, by the reader as it is now. Of a mirrored row it is taken to be the same: it
-        need not be right to be no news."""
-        rows, log_snr = range(self.paths.below(self._apart)), self._parts[1].denoiser.schedule.log_snr
-        rank_zero_info(f"own trajectories: {len(rows)} rows are read for what their later steps tell")
-        residual, d, level = responded(self.task, self.paths, rows, log_snr)
-        bins, self.later = self._bins(level), torch.zeros_like(d)
-        for _ in range(2):  # kappa, for what is taken off, and kappa of what is left
-            for b in bins.unique():
-                left = residual[bins == b] - self.later[bins == b]
-                self.gain[b], self.cost[b] = (left * d[bins == b]).mean(0), d[bins == b].square().mean(0)
-            self.later = later(self.paths, 0, self._kappa(level) * d)
-
-    def _kappa(self, log_snr: Tensor) -> Tensor:
-        """The factor of the reader's gradient that earns most at these levels (R, units)."""
-        return (self.gain / self.cost.clamp_min(1e-8)).clamp(LEAST, MOST)[self._bins(log_snr)]
-
-    def _bins(self, log_snr: Tensor) -> Tensor:
-        return ((log_snr - self.low) / (self.high - self.low) * BINS).long().clamp(0, BINS - 1)
-
-    @torch.no_grad()
-    def _follow(self, running: Tensor, errors: Tensor, bins: Tensor, new: float) -> None:
-        for b in bins.unique():
-            running[b].lerp_(errors[bins == b].mean(0), new)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """val_error: of units or means, in units of the variance, all noise levels alike, or where responses are taught own trajectories at the
@@ -356,7 +313,7 @@ class NoiseAwareModule(LightningModule):
         if self.paths and self._apart < self.own:
             log_snr = self._parts[1].denoiser.schedule.log_snr
             with self.trainer.precision_plugin.forward_context():
-                share = earned(self.task, self.paths, self._apart, log_snr, self._kappa)
+                share = earned(self.task, self.paths, self._apart, log_snr, self.responses.kappa)
             self.log("val_response", share.mean(), prog_bar=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -375,7 +332,7 @@ class NoiseAwareModule(LightningModule):
             "steps": self.trainer.global_step, "own": self.own, "own_share": self.own_share,
             "processor_seconds": round(time.process_time() - self.began), **found,
         }  # fmt: skip
-        trained |= {"responses": self.responses} if self.responses else {}
+        trained |= {"responses": self.response_weight} if self.responses else {}
         trained |= {"init_from": self.before} if self.before else {}
         if self.network or not self.units:
             trained["layers"] = [x or OUTPUT for x in self.layers]

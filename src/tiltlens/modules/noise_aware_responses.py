@@ -20,9 +20,11 @@ with the less noise the better the reader is already (a control variate).
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
 
 from tiltlens.modules.noise_aware_task import UnitTask
+from tiltlens.modules.noise_levels import LevelMeans
 from tiltlens.modules.own_samples import Paths
 
 Read = Callable[[Tensor], Tensor]
@@ -30,7 +32,47 @@ Read = Callable[[Tensor], Tensor]
 STEP = 0.5  # of a step's own response, to either side: central differences of the reader
 KEEP = 0.995  # of a running gain and cost, a training step
 LEAST, MOST = 0.1, 1.5  # kappa
+LOOK = 2000  # training steps, after which what later steps tell is read anew
 ROWS = 128
+
+
+class Responses(nn.Module):
+    """The loss of the responses of a task's reader along paths, and what it takes: kappa by noise level, a running mean, and what later steps
+    tell of each row that is trained on, as the reader had it at the step `looked`. low, high: of log-SNR; units: so many."""
+
+    def __init__(self, low: float, high: float, units: int):
+        super().__init__()
+        self.gain = LevelMeans(low, high, units, 0.0)
+        self.cost = LevelMeans(low, high, units, 1e-4)
+        self.later: Tensor | None = None
+        self.looked: int | None = None
+
+    def kappa(self, log_snr: Tensor) -> Tensor:
+        """The factor of the reader's gradient that earns most at these levels (R, units)."""
+        return (self.gain.at(log_snr) / self.cost.at(log_snr).clamp_min(1e-8)).clamp(LEAST, MOST)
+
+    def loss(self, residual: Tensor, d: Tensor, log_snr: Tensor) -> Tensor:
+        """`response_loss` (R, units), by the kappa of the batches before; this one is followed."""
+        kappa = self.kappa(log_snr)
+        self.gain.follow((residual * d).detach(), log_snr, 1 - KEEP)
+        self.cost.follow(d.detach().square(), log_snr, 1 - KEEP)
+        return response_loss(residual, d, kappa)
+
+    @torch.no_grad()
+    def look_ahead(self, step: int, task: UnitTask, paths: Paths, samples: int, log_snr: Tensor) -> None:
+        """What later steps tell, of the rows of the first samples, by the reader as it is now; once in LOOK training steps. Of a mirrored row it
+        is taken to be the same: it need not be right to be no news. log_snr: of the table's steps."""
+        if self.looked == (due := step - step % LOOK):
+            return
+        rows = range(paths.below(samples))
+        rank_zero_info(f"own trajectories: {len(rows)} rows are read for what their later steps tell")
+        residual, d, level = responded(task, paths, rows, log_snr)
+        self.later = torch.zeros_like(d)
+        for _ in range(2):  # kappa, for what is taken off, and kappa of what is left
+            self.gain.follow((residual - self.later) * d, level, 1.0)
+            self.cost.follow(d.square(), level, 1.0)
+            self.later = later(paths, 0, self.kappa(level) * d)
+        self.looked = due
 
 
 def respond(
