@@ -32,6 +32,7 @@ from tiltlens.guidance import Calibrated
 from tiltlens.modules.results import columns
 from tiltlens.report.digits import number, plus_minus
 from tiltlens.sampling import Independent, Particles
+from tiltlens.sampling.chain import ORDERS
 
 UNITS = [
     "bundled,class=horse",
@@ -65,7 +66,7 @@ def solve(asked: argparse.Namespace) -> list[dict]:
     result = tilt(
         "bundled", asked.units, n=asked.n, constraint=asked.constraint, guidance=Calibrated(),
         sampler=Particles(asked.particles) if asked.particles else Independent(), steps=asked.steps, pilot=asked.pilot, batch_size=asked.n,
-        precision=asked.precision, out=asked.out,
+        precision=asked.precision, out=asked.out, order=asked.order,
     )  # fmt: skip
     rows, told = columns(result.folder.samples()), result.folder.read_manifest()["constraint"]
     result.report()
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--particles", type=int, default=0, help="of a group; 0 for independent chains")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--pilot", type=int, default=1000)
+    parser.add_argument("--order", type=int, default=1, choices=ORDERS, help="of the chain")
     parser.add_argument("--precision", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--quick", action="store_true", help="does it run: one unit, few steps")
     asked = parser.parse_args()
@@ -131,7 +133,7 @@ def main() -> None:
     print(*(f["text"] for f in figures), sep="\n", file=sys.stderr)
     print(
         f"{asked.constraint}, {asked.n} rows a strength{f' in groups of {asked.particles}' if asked.particles else ''}, "
-        f"{asked.steps} steps, pilot {asked.pilot}; "
+        f"{asked.steps} steps of order {asked.order}, pilot {asked.pilot}; "
         f"{(time.perf_counter() - start) / 60:.1f} minutes"
         + (" (--quick: the figures mean nothing)" if asked.quick else "")
         + "\n"

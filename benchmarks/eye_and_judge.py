@@ -40,6 +40,7 @@ from tiltlens.energies import Linear
 from tiltlens.guidance import Calibrated, Guidance, Learned
 from tiltlens.priors import load_prior
 from tiltlens.sampling import Particles
+from tiltlens.sampling.chain import ORDERS
 from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler
 from tiltlens.units import UnitBank, build_unit
@@ -136,7 +137,12 @@ class Bench:
         self.bank = UnitBank(self.units)
         self.bank.validate(self.prior.image_size)
         learner = Sampler(
-            self.prior, self.bank, Linear(), Learned(shadows=asked.shadows, law="gaussian"), asked.steps
+            self.prior,
+            self.bank,
+            Linear(),
+            Learned(shadows=asked.shadows, law="gaussian"),
+            asked.steps,
+            order=asked.order,
         )
         self.pilots = learner.run_pilot(asked.pilot, asked.batch_size, lambda k, n: tell(f"pilot {k}/{n}"))
         self.images = self._unguided()
@@ -162,7 +168,9 @@ class Bench:
     ) -> Sampler:
         """Of one unit alone."""
         bank = UnitBank([self.units[unit]])
-        found = Sampler(self.prior, bank, Linear(), guidance, self.asked.steps, method=method)
+        found = Sampler(
+            self.prior, bank, Linear(), guidance, self.asked.steps, method=method, order=self.asked.order
+        )
         found.calibrate([self.pilots[unit]], reference, progress=lambda k, n: tell(f"learning {k}/{n}"))
         return found
 
@@ -431,6 +439,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--classes", nargs="+", default=CLASSES)
     parser.add_argument("--nats", type=float, default=3.0)
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--order", type=int, default=1, choices=ORDERS, help="of the chain")
     parser.add_argument("--pool", type=int, default=1408, help="unguided images")
     parser.add_argument(
         "--pilot", type=int, default=64, help="trajectories that slopes and Learned learn from"
@@ -458,7 +467,11 @@ def main() -> None:
     asked, start = arguments(), time.perf_counter()
     Judge(asked.judge, asked.classes)  # its faults before hours of sampling
     asked.out.mkdir(parents=True, exist_ok=True)
-    settings = {k: str(v) for k, v in vars(asked).items() if k not in ("classes", "judge", "out")}
+    settings = {
+        k: str(v)
+        for k, v in vars(asked).items()
+        if k not in ("classes", "judge", "out") and (k, v) != ("order", 1)
+    }
     kept = asked.out / "settings.json"
     if kept.exists() and json.loads(kept.read_text()) != settings:
         raise SystemExit(f"{asked.out} holds a run with other settings ({kept}): give another --out")
@@ -477,7 +490,7 @@ def main() -> None:
         picture(done[-1:], 4, 4, 64).save(asked.out / f"{name}.png")
     picture(done, 4, 2, 48).quantize(256).save(asked.out / "overview.png", optimize=True)
     print(
-        f"{asked.encoder} under {asked.prior}, {asked.precision}; {asked.steps} steps, eta 1, uniform in log-SNR; {len(images)} unguided "
+        f"{asked.encoder} under {asked.prior}, {asked.precision}; {asked.steps} steps of order {asked.order}, eta 1, uniform in log-SNR; {len(images)} unguided "
         f"images, {asked.samples} guided rows, {asked.groups} groups of {asked.particles} particles; the judge reads {judge.size[0]} pixels"
         + (" (--quick: the figures mean nothing)" if asked.quick else "")
     )

@@ -37,6 +37,7 @@ from tiltlens.estimates.samples import Samples
 from tiltlens.estimates.trust import trusted_log_z
 from tiltlens.guidance import DPS, LGD, MPGD, Calibrated, Guidance, Learned, MomentMatched
 from tiltlens.priors import load_prior
+from tiltlens.sampling.chain import ORDERS
 from tiltlens.sampling.pilot import UnitPilot
 from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sample_pool import run_pool
@@ -180,7 +181,9 @@ class Bench:
         ] = {}  # (unit, first seed) -> the unguided twins
 
     def _sampler(self, guidance: Guidance, twin: bool = False) -> Sampler:
-        return Sampler(self.prior, self.banks[twin], Linear(), guidance, self.asked.steps)
+        return Sampler(
+            self.prior, self.banks[twin], Linear(), guidance, self.asked.steps, order=self.asked.order
+        )
 
     def calibrated(self, guidance: Guidance, twin: bool = False) -> Sampler:
         """twin: clean estimates are read by the noise-aware one."""
@@ -403,6 +406,7 @@ def common(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--pilot", type=int, default=64, help="of the pool, for the slopes of Calibrated")
     parser.add_argument("--tuning", type=int, default=16, help="samples of a tuning run")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--order", type=int, default=1, choices=ORDERS, help="of the chain")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     parser.add_argument("--quick", action="store_true", help="does it run: one unit, a few samples and steps")
     return parser
@@ -463,12 +467,15 @@ def main() -> None:
     wanted = [figures[u, g, target] for u in names for g in asked.guidance for target in (None, *asked.shift)]
     minutes = (time.perf_counter() - start + spent) / 60
     print(
-        f"prior {asked.prior}, {asked.precision}; {asked.steps} steps, eta 1, uniform in log-SNR; {asked.samples} samples a "
+        f"prior {asked.prior}, {asked.precision}; {asked.steps} steps of order {asked.order}, eta 1, uniform in log-SNR; {asked.samples} samples a "
         f"row; pool of {asked.pool}, slopes from {asked.pilot}, kl_lower from {max(asked.bound, asked.pool)}; {minutes:.1f} minutes"
         + (" (--quick: the figures mean nothing)" if asked.quick else "")
     )
     print_rows(wanted)
     keep(asked, figures, {f"shift {x:g}": print_closing(wanted, names, x) for x in asked.shift})
+
+
+DEFAULT = {"bound": 0, "order": 1}  # of options that came later than figures that are kept
 
 
 def settings_of(asked: argparse.Namespace) -> dict:
@@ -481,7 +488,7 @@ def settings_of(asked: argparse.Namespace) -> dict:
         "noise_aware",
     )  # a row is the same beside any others
     told = {"prior_sha256": load_prior(asked.prior).fingerprint}
-    return {k: v for k, v in vars(asked).items() if k not in free and (k != "bound" or v)} | told
+    return {k: v for k, v in vars(asked).items() if k not in free and v != DEFAULT.get(k, "none")} | told
 
 
 def fingerprints(asked: argparse.Namespace) -> dict[str, str]:

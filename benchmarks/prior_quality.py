@@ -32,6 +32,7 @@ from tiltlens.metrics.denoising_error import denoised
 from tiltlens.modules.denoising import bin_names, by_noise
 from tiltlens.modules.image_data import read_images, to_unit_range
 from tiltlens.priors import DiffusersPrior, load_prior
+from tiltlens.sampling.chain import ORDERS
 
 READ = 64
 GRID = 64
@@ -79,7 +80,9 @@ def print_samples(prior: DiffusersPrior, held_out: torch.Tensor, asked: argparse
         n = min(asked.n, len(held_out) // 2)
         held_out, train = held_out[:n], held_out[n:]
     start = time.process_time()
-    images = sample_images(denoiser_of(prior, asked), prior.decode, range(n), asked.steps, asked.eta, device)
+    images = sample_images(
+        denoiser_of(prior, asked), prior.decode, range(n), asked.steps, asked.eta, device, asked.order
+    )
     seconds = time.process_time() - start
     if asked.grid:
         write_grid(images, asked.grid)
@@ -88,7 +91,7 @@ def print_samples(prior: DiffusersPrior, held_out: torch.Tensor, asked: argparse
         sets.append(features.of(train.flip(-1).split(READ), device))
     found = quality(*sets)
     told = f"weak {asked.weak}, weight {asked.weight:g}; " if asked.weak else ""
-    told += f"{asked.steps} steps uniform in log-SNR, eta = {asked.eta:g}, seeds 0..{n - 1}, {seconds:.0f} s of processor time"
+    told += f"{asked.steps} steps uniform in log-SNR, order {asked.order}, eta = {asked.eta:g}, seeds 0..{n - 1}, {seconds:.0f} s of processor time"
     print(f"samples: {told}; features of the encoder {asked.encoder}; {len(train)} training images")
     for name, value in found.items():
         stem, _, count = name.rpartition("_")
@@ -124,6 +127,7 @@ def main() -> None:
     parser.add_argument("--encoder", default="bundled", help="timm name, local-dir:FOLDER or bundled")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--eta", type=float, default=1.0)
+    parser.add_argument("--order", type=int, default=1, choices=ORDERS, help="of the chain")
     parser.add_argument("--grid", type=Path, help="write the first 64 samples, eight by eight, as PNG")
     parser.add_argument("--weak", help="a weaker prior of the same kind, to extrapolate from")
     parser.add_argument("--weight", type=float, default=2.0, help="of the extrapolation")
@@ -139,7 +143,9 @@ def main() -> None:
         if asked.data is None:
             seeds = range(min(asked.n, GRID))
             denoiser = denoiser_of(prior, asked)
-            images = sample_images(denoiser, prior.decode, seeds, asked.steps, asked.eta, asked.device)
+            images = sample_images(
+                denoiser, prior.decode, seeds, asked.steps, asked.eta, asked.device, asked.order
+            )
             return write_grid(images, asked.grid)
         held_out = drawn(asked.data, prior.image_size, 10**9, True)
         print_denoising(prior, held_out[: asked.n_loss], asked.device)

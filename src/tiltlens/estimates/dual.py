@@ -27,7 +27,7 @@ KINDS = ("activation", "kl")
 NEAR = 0.01  # of the way from natural to target: as good as met where a standard error is smaller still
 SHARP = 0.15  # of that way: a standard error above it meets anything, and says nothing
 FIRST = (1 / 3, 2 / 3, 1.0)  # of the strength guessed from natural samples: the first sweep
-STEP_UP = 2.0  # a strength beyond all sampled ones is at most so many times the largest
+STEP_UP = 4.0  # a strength beyond all sampled ones is at most so many times the largest
 BEYOND = 1.25  # times the end of trust: where to sample to move it
 APART = 2.0  # the factor between two strengths from which one must have more than the other
 MARGIN = 1.2  # of the rows that would let weights speak: their share is an estimate
@@ -150,10 +150,21 @@ def _between(
     j = next((j for j in range(1, len(x)) if y[j] >= target), None)
     if j is None:
         return None
+    if kind != "kl" and y[j - 1] > natural:
+        return _saturating(x[j - 1 : j + 1], y[j - 1 : j + 1], target, natural)
     part = (target - y[j - 1]) / (y[j] - y[j - 1])
     return float(
         x[j - 1] + (x[j] - x[j - 1]) * (np.sqrt(part) if kind == "kl" else part)
     )  # KL grows like s^2
+
+
+def _saturating(x: list[float], y: list[float], target: float, natural: float) -> float:
+    """Where y(s) = natural + s/(b + m s) through two points, both above natural, is the target: straight for m = 0, else a mean that
+    saturates, as those of logits do. Infinite where its end lies below the target."""
+    ratio = [s / (v - natural) for s, v in zip(x, y)]
+    m = (ratio[1] - ratio[0]) / (x[1] - x[0])
+    b, goal = ratio[1] - m * x[1], target - natural
+    return b * goal / (1 - m * goal) if b > 0 and m * goal < 1 else np.inf
 
 
 def _sampled(kind: str, rows: list[dict]) -> list[tuple[float, float, float]]:
@@ -219,11 +230,14 @@ def _of_sampled(
 
 def _beyond(kind: str, target: float, natural: float, s: np.ndarray, value: np.ndarray) -> float:
     """The strength to try where the values at all strengths lie below the target."""
-    x, y = np.array([0.0, *s]), np.array([natural, *value])
-    slope = (y[-1] - y[-2]) / (x[-1] - x[-2])  # at the end: means that saturate ask for long steps
-    gain = 1 + (target - y[-1]) / (slope * x[-1]) if slope > 0 else STEP_UP
+    x, y = [0.0, *s], [natural, *value]
+    gain = np.inf
     if kind == "kl":  # grows like s^2
         gain = np.sqrt((target - natural) / max(value[-1] - natural, 1e-12))
+    elif y[-1] > y[-2] > natural:
+        gain = _saturating(x[-2:], y[-2:], target, natural) / x[-1]
+    elif len(s) == 1 and y[-1] > natural:
+        gain = (target - natural) / (y[-1] - natural)
     return float(s[-1] * np.clip(gain, 1.25, STEP_UP))
 
 

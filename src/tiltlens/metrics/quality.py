@@ -19,13 +19,13 @@ BATCH = 64
 @torch.no_grad()
 def sample_images(
     denoiser: Denoiser, decode: Callable[[Tensor], Tensor], seeds: Sequence[int], steps: int, eta: float,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu", order: int = 1,
 ) -> Tensor:  # fmt: skip
     """Unguided images (n, 3, H, W) in [-1, 1], uint8-rounded, on the CPU: the chain of sample.py, a seed an image.
 
     Steps uniform in log-SNR. An image depends on its seed alone, not on how many are drawn.
     """
-    chain = Chain(denoiser, step_indices(denoiser.schedule, steps), eta)
+    chain = Chain(denoiser, step_indices(denoiser.schedule, steps), eta, order=order)
     images = []
     for start in range(0, len(seeds), BATCH):
         noise = Noise(seeds[start : start + BATCH], denoiser.shape, device)

@@ -16,7 +16,7 @@ from tiltlens.modules.sharding import is_sharded
 class ImageGrid(Callback):
     """At each validation writes OUT/grids/step-NNNNNN.png: n images of seeds seed, seed + 1, ..., averaged weights.
 
-    Any prior that `PriorModule` trains, pixels or latents: the chain of sample.py, `steps` uniform in log-SNR, eta = 0.
+    Any prior that `PriorModule` trains, pixels or latents: the chain of sample.py, `steps` uniform in log-SNR, eta = 0, order 2.
     With a WandbLogger the same picture is its image "grid". What changes from one picture to the next is the
     network alone. How often: trainer.val_check_interval. Raises UserError for a module that is no prior.
     """
@@ -41,7 +41,7 @@ class ImageGrid(Callback):
             return  # weights in shards are together only where all ranks call the network
         seeds = range(self.seed, self.seed + self.n)
         images = sample_images(
-            pl_module.denoiser, pl_module.decode, seeds, self.steps, eta=0.0, device=pl_module.device
+            pl_module.denoiser, pl_module.decode, seeds, self.steps, 0.0, pl_module.device, order=2
         )
         if not trainer.is_global_zero:
             return

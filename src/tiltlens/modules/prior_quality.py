@@ -21,7 +21,7 @@ class PriorQuality(Callback):
     encoder: whose features, a name as in a unit's address. n: samples, held-out and training images compared; fewer
     where the data has fewer, and N says how many. neighbours: training images among which, with their mirror images,
     copies are looked for.
-    steps, eta, seed: of the samples. With the averaged weights, before the first step and then at the first
+    steps, eta, order, seed: of the samples. With the averaged weights, before the first step and then at the first
     validation that is every_n_steps steps later; always at the end of training and by `train.py validate`. In
     float32, whatever training's precision, as the exported prior is sampled. Several devices share the samples.
 
@@ -36,6 +36,7 @@ class PriorQuality(Callback):
         neighbours: int = 5000,
         steps: int = 25,
         eta: float = 0.0,
+        order: int = 1,
         seed: int = 0,
     ):
         if n < 3 or every_n_steps < 1 or neighbours < n:
@@ -44,7 +45,7 @@ class PriorQuality(Callback):
                 "every_n_steps >= 1, neighbours >= n"
             )
         self.encoder, self.n, self.every_n_steps, self.neighbours = encoder, n, every_n_steps, neighbours
-        self.steps, self.eta, self.seed = steps, eta, seed
+        self.steps, self.eta, self.order, self.seed = steps, eta, order, seed
         self._last, self._real = 0, None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -111,7 +112,13 @@ class PriorQuality(Callback):
         each = -(-self.n // trainer.world_size)
         first = self.seed + each * trainer.global_rank
         images = sample_images(
-            pl_module.denoiser, pl_module.decode, range(first, first + each), self.steps, self.eta, device
+            pl_module.denoiser,
+            pl_module.decode,
+            range(first, first + each),
+            self.steps,
+            self.eta,
+            device,
+            self.order,
         )
         drawn = self._features.of(images.split(READ), device)
         if trainer.world_size > 1:

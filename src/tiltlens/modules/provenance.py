@@ -27,8 +27,8 @@ def provenance(module: Any) -> dict[str, Any]:
         "guidance": module.describe()["guidance"],
         "schedule": {"length": len(schedule), "log_snr": [float(schedule.log_snr[-1]), float(schedule.log_snr[0])],
                      "start_std": schedule.start_std(first)},
-        "chain": {"steps": module.steps, "eta": module.eta, "spacing": module.spacing, "clip": module.clip},
-        "law": "p is the law of the discrete sampling chain at strength 0: this prior, steps, eta, clipping and precision",
+        "chain": module.chain_settings,
+        "law": "p is the law of the discrete sampling chain at strength 0: this prior, steps, eta, order, clipping and precision",
     }  # fmt: skip
 
 

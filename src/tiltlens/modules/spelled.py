@@ -20,6 +20,7 @@ PLAIN = (
     "steps",
     "eta",
     "spacing",
+    "order",
     "clip",
     "pilot",
     "natural",

@@ -88,6 +88,7 @@ def place_wandb(logger: WandbLogger, out: Path) -> None:
 def schedule_name(module: SamplingModule) -> str:
     """Guidance and chain, in a word: what tells two schedules of one unit apart."""
     name = f"{type(module.guidance).__name__.lower()}-{module.steps}-eta{module.eta:g}"
+    name += f"-order{module.order}" if module.order != 1 else ""
     if isinstance(module.method, Independent):
         return name
     group = module.method.group_size

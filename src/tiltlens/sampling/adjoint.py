@@ -67,6 +67,10 @@ class Matches:
 def controlled_steps(chain: Chain, until: float | None) -> list[int]:
     """The steps that are controlled: those that begin at a log-SNR <= until (None: any), the last step never. Raises
     ValueError where there is none."""
+    if chain.order != 1:
+        raise ValueError(
+            f"adjoint matching goes back through each step alone: expected a chain of order 1, found {chain.order}"
+        )
     found = [k for k in range(len(chain) - 1) if until is None or float(chain.log_snr[k]) <= until]
     if not found:
         raise ValueError(

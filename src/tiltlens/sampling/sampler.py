@@ -21,13 +21,13 @@ from tiltlens.units.calibration import Natural
 
 
 class Sampler:
-    """prior, bank, energy, guidance: as built. steps, eta, spacing, clip: the chain. device: where it runs. method: what is
+    """prior, bank, energy, guidance: as built. steps, eta, spacing, clip, order: the chain. device: where it runs. method: what is
     done with the chain, `Independent` by default."""
 
     def __init__(
         self, prior: Prior, bank: UnitBank, energy: Energy, guidance: Guidance, steps: int = 50, eta: float = 1.0,
         spacing: str = "log-snr", clip: bool = False, device: torch.device | str = "cpu",
-        method: ChainSampler | None = None,
+        method: ChainSampler | None = None, order: int = 1,
     ):  # fmt: skip
         self.method = method or Independent()
         self.method.check(eta)
@@ -37,7 +37,8 @@ class Sampler:
             energy,
             guidance,
         )
-        self.chain = Chain(prior.denoiser, step_indices(prior.denoiser.schedule, steps, spacing), eta, clip)
+        indices = step_indices(prior.denoiser.schedule, steps, spacing)
+        self.chain = Chain(prior.denoiser, indices, eta, clip, order)
         self.device, self.dtype = device, getattr(prior, "dtype", torch.float32)
         self.pilots: list[UnitPilot] | None = None
         self.constraint: Constraint | None = None
