@@ -352,7 +352,7 @@ def test_a_constraint_that_means_nothing_ends_with_status_2(tmp_path, capsys, co
 
 
 def test_what_natural_samples_reach_is_within_reach_however_flat_the_means():
-    """A saturated unit: strengths double, and no verdict of infeasible, where some natural activation lies above the target."""
+    """A saturated unit: strengths grow fourfold, and no verdict of infeasible, where some natural activation lies above the target."""
     rows = [
         {"strength": s, "activation_mean": m, "activation_se": 0.1, "kl": None, "kl_se": None, "kl_lower": 1.0, "path_kl": 2.0}
         for s, m in ((1.0, 2.0), (2.0, 3.9), (4.0, 4.0), (8.0, 4.0))
@@ -361,7 +361,7 @@ def test_what_natural_samples_reach_is_within_reach_however_flat_the_means():
     by_strength = {r["strength"]: r for r in rows}
     flat = _of_sampled("activation", 4.2, 0.0, sampled, by_strength, (0.0, 4.0))
     seen = _of_sampled("activation", 4.2, 0.0, sampled, by_strength, (0.0, 4.0), seen=True)
-    assert (flat.status, seen.status, seen.propose) == ("infeasible", "open", (16.0,))
+    assert (flat.status, seen.status, seen.propose) == ("infeasible", "open", (32.0,))
 
 
 def test_a_value_with_a_large_error_is_not_met():
@@ -375,6 +375,27 @@ def test_a_value_with_a_large_error_is_not_met():
     plan.of = {0: {0.0: 1, 1.0: 2}}
     assert plan.grow([found._asdict()])
     assert plan.of[0][1.0] == 4
+
+
+def _saturation(one, two):
+    """b, m of the mean s/(b + m s) through two points."""
+    return np.linalg.solve([[1, one[0]], [1, two[0]]], [one[0] / one[1], two[0] / two[1]])
+
+
+@pytest.mark.parametrize("m", [0.0, 0.2])
+@pytest.mark.parametrize("target", [2.0, 3.6])
+def test_a_mean_that_saturates_is_met_by_the_strength_that_two_others_point_to(m, target):
+    """natural + s/(b + m s), straight where m = 0: between two strengths and beyond both, at most fourfold; where it ends below, fourfold."""
+    mean = lambda s: -1.0 + s / (0.25 + m * s)  # noqa: E731
+    points = saturated((0.3, mean(0.3)), (0.5, mean(0.5)), (40.0, mean(40.0)))
+    solution = 0.25 * (target + 1) / (1 - m * (target + 1)) if m * (target + 1) < 1 else np.inf
+    for rows, most in ((points, 40.0), (points[:2], 2.0)):
+        sampled = [(r["strength"], r["activation_mean"], 1e-9) for r in rows]
+        found = _of_sampled(
+            "activation", target, -1.0, sampled, {r["strength"]: r for r in rows}, (-1.0, 4.0), True
+        )
+        assert found.status == "open"
+        assert found.propose == (pytest.approx(min(solution, most), rel=0.01),)
 
 
 def saturated(*points):
@@ -391,7 +412,8 @@ def test_a_value_that_is_near_but_off_by_more_than_its_error_is_refined_while_th
     sampled = [(r["strength"], r["activation_mean"], r["activation_se"]) for r in rows]
     found = _of_sampled("activation", 4.0, 0.0, sampled, {r["strength"]: r for r in rows}, (0.0, 4.008))
     assert found.status == "reached"
-    assert found.propose == (pytest.approx(4 + 4 * 0.5 / 0.508, abs=0.01),)
+    b, m = _saturation((4.0, 3.5), (8.0, 4.008))
+    assert found.propose == (pytest.approx(4 * b / (1 - 4 * m), abs=0.01),)
     plan = ConstraintPlan(Asked.parse("z=1"), 8, 0, 8)
     plan.of = {0: {0.0: 1, 4.0: 1, 8.0: 1}}
     assert plan.grow([found._asdict()])
@@ -406,11 +428,12 @@ def test_a_value_that_is_near_but_off_by_more_than_its_error_is_refined_while_th
 
 
 def test_a_value_that_is_near_from_below_at_every_strength_asks_for_a_greater_one():
-    """No two strengths bracket the target of a unit that saturates: the last one's slope says how far on."""
+    """No two strengths bracket the target of a unit that saturates: the last two say how far on."""
     rows = saturated((4.0, 3.93), (8.0, 3.97))
     sampled = [(r["strength"], r["activation_mean"], r["activation_se"]) for r in rows]
     found = _of_sampled("activation", 4.0, 0.0, sampled, {r["strength"]: r for r in rows}, (0.0, 3.97))
-    assert (found.status, found.propose) == ("reached", (pytest.approx(8 + 0.03 / 0.01),))
+    b, m = _saturation((4.0, 3.93), (8.0, 3.97))
+    assert (found.status, found.propose) == ("reached", (pytest.approx(4 * b / (1 - 4 * m), rel=0.01),))
 
 
 def test_a_value_without_an_error_is_not_met_until_there_are_more_groups():

@@ -121,7 +121,8 @@ def certify(kind: str, target: float, table: dict, pilot: dict | None, rows: lis
         return found._replace(enlarge=float(needed)) if np.isfinite(needed) else found
     top = max([curve.top, *(s for s, _, _ in known)])
     ended = found.status == "infeasible" and _ended(curve, target)
-    if top and not ended and not any(top < s <= BEYOND**2 * top for s, _, _ in sampled):
+    tried = any(top < s <= BEYOND**2 * top for s, _, _ in sampled)
+    if top and not ended and not tried and _near(curve, top, target):
         more = (tidy(BEYOND * top, by_strength), *found.propose)
         found = found._replace(status="open", propose=tuple(dict.fromkeys(more)))
     return found
@@ -131,6 +132,15 @@ def _ended(curve: Curve, target: float) -> bool:
     """Whether q_s itself has come to its end where its trust ends: three more doublings of the strength would not do."""
     low, high = curve(np.array([curve.top / APART, curve.top]))[0]
     return bool(high + 3 * max(high - low, 0.0) < target)
+
+
+def _near(curve: Curve, top: float, target: float) -> bool:
+    """Whether q_s, straight on from where it is known, meets the target at most two strengths of BEYOND further: further off, rows that move the
+    end of trust are taken from those that look for the target."""
+    if curve.kind == "kl":  # which is convex in s
+        return True
+    value, slope = (float(x[0]) for x in curve(np.array([top])))
+    return value + max(slope, 0.0) * (BEYOND**2 - 1) * top >= target
 
 
 def _known(curve: Curve, by_strength: dict[float, dict]) -> list[tuple[float, float, float]]:
