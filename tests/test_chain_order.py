@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from prior_folders import flow, write_pixel
 
 from tiltlens.energies import Linear
-from tiltlens.guidance import DPS, Calibrated
+from tiltlens.guidance import DPS, Calibrated, Exact, Learned
 from tiltlens.metrics import sample_images
 from tiltlens.modules.sampling_module import SamplingModule
 from tiltlens.priors import GaussianMixture, load_prior
@@ -104,16 +104,31 @@ METHODS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("guidance", [Calibrated, Exact, Learned])
 @pytest.mark.parametrize("method", METHODS)
-def test_weights_are_exact(method):
+def test_weights_are_exact(method, guidance):
     """E[w] = Z of the discrete chain, in closed form: by rows, by groups of four, and by walks."""
-    sampler, s = made(method=METHODS[method]()), 0.7
+    sampler, s = made(method=METHODS[method](), guidance=guidance()), 0.7
     truth, found = log_z(sampler, s), sampler.sample([Row(0, s, k) for k in range(2000)])
     w = (found.log_w - truth).exp()
     w = w.reshape(-1, 4).mean(1) if method == "particles" else w
     se = float(w.std()) / len(w) ** 0.5
     assert abs(float(w.mean()) - 1) < 4 * se, f"{float(w.mean()):.4f} +- {se:.4f}"
     assert se < 0.05
+
+
+def test_guidance_pays_less_for_the_same_shift():
+    """The exact twist of a Gaussian prior: shift^2 / (2 Var) of the nats paid, at 25 steps."""
+    efficiency = {}
+    for order in (1, 2):
+        sampler = made(steps=25, guidance=Exact(), order=order)
+        sampler.chain.denoiser = sampler.prior.denoiser.for_steps({})  # the conditional mean alone
+        rows = [Row(0, s, k) for s in (0.0, 1.0) for k in range(8)]
+        found = sampler.sample(rows)
+        shift = float((found.activation[8:] - found.activation[:8]).mean())
+        variance = log_z(sampler, 1.0) + log_z(sampler, -1.0)  # log Z = s mean + s^2 Var / 2
+        efficiency[order] = shift**2 / (2 * variance) / float(found.path_kl[8:].mean())
+    assert efficiency[1] < 0.955 < 0.97 < efficiency[2] <= 1 + 1e-6, efficiency
 
 
 def test_a_row_is_the_same_in_any_company_and_strength_zero_is_the_base_chain(tmp_path):

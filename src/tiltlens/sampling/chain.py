@@ -84,7 +84,7 @@ class Chain:
             ]
         # an error of finite steps that one of the two takes out is not to be taken out twice
         weights = {t: c.x0 for t, c in zip(self.indices[:-1], self.coefficients)} if order == 1 else {}
-        self.denoiser = denoiser.for_steps(weights) if weights else denoiser
+        self.denoiser = denoiser.for_steps(weights)
 
     def __len__(self) -> int:
         return len(self.indices)
