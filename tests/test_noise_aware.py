@@ -282,6 +282,28 @@ def test_a_twin_of_some_units_reads_these_and_no_others(parts, tmp_path):
             NoiseAwareModule("small-net", prior=str(folder / "prior"), **wrong)
 
 
+def test_a_conditional_mean_is_expected_of_a_reader_of_the_unit_alone(parts, tmp_path):
+    """Within its levels; of sums too, and not of a soft minimum, nor of a twin of the whole encoder."""
+    folder, prior, encoder, config = parts
+    module = NoiseAwareModule("small-net", prior=str(folder / "prior"), units=UNITS, own=0, own_share=0)
+    save_twin(module.twin, replace(config, units=[place(build_unit(u)) for u in UNITS]), tmp_path)
+    reader = load_twin(tmp_path, [encoder], prior.fingerprint)
+    a, b = UNITS
+    bank = UnitBank(
+        [
+            build_unit(u)
+            for u in (a, f"{a} versus {b}", f"0.5*{a} + 2*{b}", f"{a} and not {b}", "small-net,channel=0")
+        ]
+    )
+    levels = [-3.1, -3.0, 0.0, 3.0, 3.1]
+    assert bank.expected(levels) == [[False] * 5] * 5
+    bank.adopt(reader)
+    within = [False, True, True, True, False]
+    assert bank.expected(levels) == [within, within, within, [False] * 5, [False] * 5]
+    bank.adopt(load_twin(folder / "same", [encoder], prior.fingerprint))
+    assert bank.expected(levels) == [[False] * 5] * 5
+
+
 def test_the_level_reaches_a_reader_by_its_tile_and_its_gain(parts):
     module = NoiseAwareModule("small-net", prior=str(parts[0] / "prior"), units=UNITS, own=0, own_share=0)
     reader, x = module.twin, torch.rand(3, 3, 7, 9)

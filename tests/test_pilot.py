@@ -118,6 +118,28 @@ def test_a_slope_is_shrunk_by_its_own_error():
     assert ratios[0] < ratios[1] < ratios[2] < 1
 
 
+def test_what_a_reader_tells_has_a_slope_about_one_until_the_pilot_knows_better():
+    """u = E[a | x_t] of 2 % of Var a, 64 trajectories: the line of most pilots is not seen, and is there; of many trajectories it is their own."""
+    told = torch.tensor([True] * 5 + [False])
+    off, blind = [], 0
+    for seed in range(60):
+        u, a = known(1.0, 7.0, 64, seed=2 * seed)
+        blind += int(regression(u, a)[0][0] == 0)
+        slope, intercept, _ = regression(u, a, told)
+        off.append(float(slope[0] - 1))
+        assert intercept[0] == pytest.approx(float(a.mean() - slope[0] * u[0].mean()), abs=1e-9)
+    assert blind > 30
+    assert max(map(abs, off)) < 0.25
+    assert min(map(abs, off)) > 0  # the pilot is heard
+    u, a = known(0.4, 0.5)
+    torch.testing.assert_close(regression(u, a, told)[0][:3], regression(u, a)[0][:3], rtol=5e-3, atol=0)
+    none = torch.zeros(6, dtype=torch.bool)
+    for with_none, plain in zip(regression(u, a, none), regression(u, a)):
+        assert torch.equal(with_none, plain)
+    silent = torch.zeros_like(u)  # a reader that knows nothing yet
+    assert torch.isfinite(torch.stack(regression(silent, a, told))).all()
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_the_regression_has_no_unit_of_measurement(scale):
     u, a = known(0.7, 0.5, 100)

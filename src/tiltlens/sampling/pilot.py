@@ -22,6 +22,7 @@ from tiltlens.units.calibration import Natural
 from tiltlens.writing import whole_file
 
 POOLED_STEPS = 2  # a slope is pooled with so many steps on either side: a step's own estimate is noisy
+SPREAD = 0.25  # of the slope on what a noise-aware twin reads, about 1
 KEPT_ABOVE = 2.0  # standard errors; below, a slope is about zero and the step is not guided
 
 
@@ -98,15 +99,18 @@ def tables(
     pilots: Sequence[UnitPilot], bank: UnitBank, naturals: Sequence[Natural], chain: Chain, standardise: bool
 ) -> PilotTables:
     """The regression of each unit at each step, on the energy's argument (z, or a itself)."""
-    rows = [_regress(p, u, n, standardise) for p, u, n in zip(pilots, bank.units, naturals)]
+    told = bank.expected(chain.log_snr[:-1].tolist())
+    rows = [_regress(p, u, n, standardise, k) for p, u, n, k in zip(pilots, bank.units, naturals, told)]
     slope, intercept, residual = (torch.stack(x) for x in zip(*rows))
     return PilotTables(slope, intercept, residual, chain.log_snr)
 
 
-def _regress(pilot: UnitPilot, unit, natural: Natural, standardise: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _regress(
+    pilot: UnitPilot, unit, natural: Natural, standardise: bool, told: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     u, a = arguments(pilot, unit, natural, standardise)
     good = torch.isfinite(u).all(0) & torch.isfinite(a)
-    return regression(u[:, good], a[good])
+    return regression(u[:, good], a[good], torch.tensor([*told, False]))
 
 
 def arguments(pilot: UnitPilot, unit, natural: Natural, standardise: bool) -> tuple[Tensor, Tensor]:
@@ -120,13 +124,16 @@ def arguments(pilot: UnitPilot, unit, natural: Natural, standardise: bool) -> tu
     return u, a
 
 
-def regression(u: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def regression(u: Tensor, a: Tensor, told: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """a (P,) on u (steps, P) -> slope, intercept, residual variance, each (steps,).
 
     Second moments are pooled over neighbouring steps; a slope t = slope / se below 2 is zero, and any other is shrunk
     by its positive part James-Stein factor 1 - 1/t^2. t is that of the least correlation from this step on, so that
     guidance begins once and is not switched off again by chance. Negative slopes are taken for noise: zero. The residual variance
     of a zero slope is that of a: the unit cannot be read there.
+
+    told (steps,): where u is read by a noise-aware twin, E[a | x_t] as it learned it. The slope of that is 1, but for the twin's own error,
+    and thousands of images stand behind it: it is taken to be N(1, SPREAD^2) before the pilot is seen, and is zero nowhere that the twin reads.
     """
     count = u.shape[1]
     uc, ac = u - u.mean(1, keepdim=True), a - a.mean()
@@ -135,11 +142,18 @@ def regression(u: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     slope = pooled_cov / pooled_var.clamp_min(1e-12)
     r2 = (pooled_cov**2 / (pooled_var * var_a).clamp_min(1e-24)).clamp(0, 1 - 1e-9)
     r2 = torch.where(pooled_cov > 0, r2, 0)
-    r2 = r2.flip(0).cummin(0).values.flip(0)  # what can be read at one level can be read at every cleaner one
+    r2_own, r2 = (
+        r2,
+        r2.flip(0).cummin(0).values.flip(0),
+    )  # what can be read at one level can be read at every cleaner one
     t = (r2 * max(count - 2, 1) / (1 - r2)).sqrt()
     slope = torch.where(
         (t > KEPT_ABOVE) & (slope > 0), slope * (1 - 1 / t.clamp_min(1) ** 2), torch.zeros_like(slope)
     )
+    if told is not None and told.any():
+        known = pooled_var * count / (var_a * (1 - r2_own)).clamp_min(1e-24)  # 1/se^2
+        expected = (known * pooled_cov / pooled_var.clamp_min(1e-24) + SPREAD**-2) / (known + SPREAD**-2)
+        slope = torch.where(told, expected.clamp_min(0), slope)
     slope[-1] = 1.0  # the last estimate is the sample
     residual = (ac[None] - slope[:, None] * uc).square().sum(1) / max(count - 2, 1)
     residual[-1] = 0.0

@@ -55,6 +55,18 @@ class UnitBank(nn.Module):
         twin = self.twins[encoder.fingerprint]
         return twin if twin.at(log_snr) and twin.reads(member) else encoder
 
+    def expected(self, log_snr: Sequence[float]) -> list[list[bool]]:
+        """Of each unit, at each of these levels: whether what is read of a clean estimate is E[a | x_t] as a twin learned it for this very unit.
+        So it is where readers of units read all members and the unit is a sum of them; a twin of a whole encoder tells of layers."""
+        return [
+            [u.linear and all(self._told(m, x) for m in members) for x in log_snr]
+            for u, members in zip(self.units, self._members)
+        ]
+
+    def _told(self, member: Unit, log_snr: float) -> bool:
+        reader = self._reader(member, log_snr)
+        return isinstance(reader, NoiseAware) and reader.config.units is not None
+
     def __len__(self) -> int:
         return len(self.units)
 

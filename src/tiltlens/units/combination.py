@@ -72,6 +72,10 @@ class Combination(Unit):
             unit.load()
         return self
 
+    @property
+    def linear(self) -> bool:
+        return self.rule != "and-not"
+
     def combine(self, z: Tensor) -> Tensor:
         if self.rule == "sum":
             return (z[:, : self.size] * z.new_tensor(self.weights)).sum(

@@ -50,6 +50,11 @@ class Unit:
         encoder."""
         return self
 
+    @property
+    def linear(self) -> bool:
+        """Whether `combine` is a sum: the mean of the unit is then that of its members' means."""
+        return True
+
     def combine(self, z: Tensor) -> Tensor:
         """Standardised activations of the members z (B, size) -> (B,)."""
         return z[:, 0]
