@@ -5,7 +5,8 @@ trajectories regresses a(x_0) on u_t at every step, a(x_0) | u_t ~ N(c_t + rho_t
 
     psi_t = E[exp(-s E(a))],  a ~ N(c_t + rho_t u_t, r_t^2),      for E = -a:  log psi_t = s rho_t u_t + const,
 
-so that strength means what it says and nothing is spent where the unit cannot be read. With law = "natural" a is not
+so that strength means what it says and nothing is spent where the unit cannot be read. Where a noise-aware reader reads the unit, u_t is its
+E[a(x_0) | x_t], and rho_t is taken to be about 1 before the pilot is seen (`tiltlens.sampling.pilot.regression`). With law = "natural" a is not
 Gaussian but of the unit's own law on natural images, mean and residual variance as before (`tiltlens.guidance.channel`). Memory: single-step
 gradients are mostly noise that later steps undo, and KL pays for both; their running average along the trajectory, with time
 constant `memory` in units of log-SNR, is pulled back through the denoiser instead. What is averaged is d(-s E)/d x0_hat; with the natural law,
