@@ -22,6 +22,7 @@ from tiltlens.modules.sampling_module import SamplingModule
 from tiltlens.modules.training_cli import TrainingCLI
 from tiltlens.priors import load_prior
 from tiltlens.run_folder import RunFolder
+from tiltlens.sampling.pilot import SPREAD
 from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler
 from tiltlens.units import Encoder, UnitBank, build_unit, load_encoder, register_encoder
@@ -297,11 +298,17 @@ def test_a_conditional_mean_is_expected_of_a_reader_of_the_unit_alone(parts, tmp
     )
     levels = [-3.1, -3.0, 0.0, 3.0, 3.1]
     assert bank.expected(levels) == [[False] * 5] * 5
+    assert not bank.has_readers
     bank.adopt(reader)
+    assert bank.has_readers
     within = [False, True, True, True, False]
     assert bank.expected(levels) == [within, within, within, [False] * 5, [False] * 5]
+    run = SamplingModule(str(folder / "prior"), a, steps=4, noise_aware=str(tmp_path))
+    run.load()
+    assert run.describe()["reader_slope_std"] == SPREAD  # steered otherwise than by the pilot's slopes alone
     bank.adopt(load_twin(folder / "same", [encoder], prior.fingerprint))
     assert bank.expected(levels) == [[False] * 5] * 5
+    assert not bank.has_readers
 
 
 def test_the_level_reaches_a_reader_by_its_tile_and_its_gain(parts):

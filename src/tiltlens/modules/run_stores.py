@@ -25,7 +25,7 @@ from tiltlens.writing import whole_file
 
 PILOT = ("prior", "chain", "pilot", "noise_aware")  # of a run's identity, what names a pilot
 DAMAGED = (KeyError, TypeError, SafetensorError)  # what reading raises of a file that is not whole
-LESSON = (*PILOT, "energy", "guidance", "natural")
+LESSON = (*PILOT, "reader_slope_std", "energy", "guidance", "natural")
 
 
 class PilotStore:

@@ -21,7 +21,7 @@ from tiltlens.priors.prior import Prior
 from tiltlens.sampling import ChainSampler, Independent
 from tiltlens.sampling.chain import ORDERS
 from tiltlens.sampling.natural_images import natural_files, read_natural_members
-from tiltlens.sampling.pilot import UnitPilot
+from tiltlens.sampling.pilot import SPREAD, UnitPilot
 from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sampler import Sampler, Samples
 from tiltlens.schedule import SPACINGS, step_indices
@@ -293,5 +293,7 @@ class SamplingModule(LightningModule):
             "chain": self.chain_settings,
             "pilot": self.pilot, "natural": self.natural,
             **({"noise_aware": {name: t.sha256 for name, t in self.bank.twins.items()}} if self.bank.twins else {}),
+            # rows that were steered by the pilot's slopes alone are another run's
+            **({"reader_slope_std": SPREAD} if self.bank.has_readers else {}),
             **({"rows": self.rows} if self.rows else {}),
         }  # fmt: skip

@@ -55,6 +55,11 @@ class UnitBank(nn.Module):
         twin = self.twins[encoder.fingerprint]
         return twin if twin.at(log_snr) and twin.reads(member) else encoder
 
+    @property
+    def has_readers(self) -> bool:
+        """Whether a reader of units, not a twin of a whole encoder, reads any of its clean estimates."""
+        return any(twin.config.units is not None for twin in self.twins.values())
+
     def expected(self, log_snr: Sequence[float]) -> list[list[bool]]:
         """Of each unit, at each of these levels: whether what is read of a clean estimate is E[a | x_t] as a twin learned it for this very unit.
         So it is where readers of units read all members and the unit is a sum of them; a twin of a whole encoder tells of layers."""
