@@ -141,7 +141,8 @@ def _gaussian_frontier(axes, top: float) -> None:
 
 @_styled
 def histogram(run: UnitRun) -> Figure | None:
-    """The activations at each strength, a row each, over the natural ones. None without finite values."""
+    """The activations at each strength, a row each, over the natural ones; each shape as high as its row, for one narrow law would
+    flatten all others. None without finite values."""
     drawn = {s: v for s, v in run.values(run.scale).items() if len(v)}
     natural = run.natural.get(run.scale, np.empty(0))
     if not drawn:
@@ -153,15 +154,13 @@ def histogram(run: UnitRun) -> Figure | None:
     figure = Figure((SIZE[0], max(SIZE[1], 0.9 + 0.5 * len(strengths))), layout="constrained")
     axes = figure.add_subplot()
     shape = _density(natural) if len(natural) > 1 else None
-    top = max(_density(drawn[s])[0].max() for s in strengths)
-    top = max(top, shape[0].max() if shape is not None else 0)
     for k, s in enumerate(strengths):
         base, values = len(strengths) - 1 - k, drawn[s]
         if shape is not None:
-            tops = base + 0.8 * shape[0] / top
+            tops = base + 0.8 * shape[0] / shape[0].max()
             axes.stairs(tops, shape[1], baseline=base, fill=True, color=THEME["natural"])
         heights, edges = _density(values)
-        heights = base + 0.8 * heights / top
+        heights = base + 0.8 * heights / heights.max()
         axes.stairs(heights, edges, baseline=base, fill=True, color=colour[s], alpha=0.35)
         axes.stairs(heights, edges, baseline=base, color=colour[s], lw=1.1)
         ticks = _spread(values, TICKS)

@@ -35,7 +35,7 @@ FIGURES = (
         figures.histogram,
         "Activation, natural and tilted",
         "Each row is a strength: in colour the activations of its samples, a tick each and a line at their "
-        "mean; in grey the natural ones.",
+        "mean; in grey the natural ones; each shape fills its row.",
     ),
     (
         figures.guidance_norm,
