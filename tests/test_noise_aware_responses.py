@@ -12,13 +12,14 @@ from tiltlens.modules.image_data import ImageFolderData
 from tiltlens.modules.noise_aware_module import NoiseAwareModule
 from tiltlens.modules.noise_aware_responses import earned, later, respond, responded, response_loss
 from tiltlens.modules.noise_aware_task import UnitTask
-from tiltlens.modules.own_samples import Paths
+from tiltlens.modules.own_samples import Paths, own_paths, own_samples
 from tiltlens.modules.training_cli import TrainingCLI
 from tiltlens.priors import GaussianMixture, load_prior
 from tiltlens.sampling import responses as module
-from tiltlens.sampling.chain import Chain
+from tiltlens.sampling.chain import ORDERS, Chain
 from tiltlens.sampling.noise import Noise
 from tiltlens.sampling.responses import responses
+from tiltlens.sampling.sample_pool import unguided
 from tiltlens.schedule import step_indices
 from tiltlens.units import Encoder, load_encoder, register_encoder
 from tiltlens.units.noise_aware import load_twin
@@ -53,11 +54,12 @@ class Reader(nn.Module):
         return self.formula(x)[:, None]
 
 
-def test_rows_are_the_chains_own_and_moved_by_its_jacobian(folder, monkeypatch):
+@pytest.mark.parametrize("order", ORDERS)
+def test_rows_are_the_chains_own_and_moved_by_its_jacobian(folder, monkeypatch, order):
     """Against `Chain.run` on the same noise, and the forward derivative of the network."""
     monkeypatch.setattr(module, "NUDGE", 3e-3)
     prior = load_prior(str(folder))
-    chain = Chain(prior.denoiser, step_indices(prior.denoiser.schedule, 6), eta=0.7)
+    chain = Chain(prior.denoiser, step_indices(prior.denoiser.schedule, 6), eta=0.7, order=order)
     schedule, seeds, levels = prior.denoiser.schedule, range(3, 6), (-3.0, 5.0)
     found = responses(chain, seeds, "here", levels, "cpu")
     noise, ahead = (Noise(seeds, chain.denoiser.shape, "cpu", torch.float32, domain="here") for _ in range(2))
@@ -236,6 +238,23 @@ def test_a_training_of_responses_goes_on_as_if_nothing_had_been(folder, tmp_path
     torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
+def test_own_trajectories_are_of_the_order_that_is_asked_for(folder, tmp_path):
+    """And those of one order are not taken for the other's."""
+    prior, trainer = (
+        load_prior(str(folder)),
+        Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False),
+    )
+    grid = step_indices(prior.denoiser.schedule, 5)
+    for _ in range(2):  # drawn, and from the folder
+        for order in ORDERS:
+            chain = Chain(prior.denoiser, grid, order=order)
+            (plain,) = unguided(chain, 8, "noise-aware", "cpu", torch.float32)
+            paths = own_paths(trainer, prior, 8, 5, order, (-3.0, 3.0), torch.device("cpu"))
+            torch.testing.assert_close(paths.x_0, plain)
+            torch.testing.assert_close(own_samples(trainer, prior, 8, 5, order, torch.device("cpu")), plain)
+    assert len(list(tmp_path.glob("own-*"))) == 4
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_heads_that_are_zero_yet_and_batches_of_one_image(folder, tmp_path):
     """A reader of another network begins with d = 0: no kappa is to be had of it yet, and it learns. Of a batch of one there is an image."""
@@ -264,6 +283,7 @@ def test_what_cannot_be_is_refused(folder, tmp_path):
     for wrong, why in (
         ({"responses": 1.0}, "of readers of single units; expected model.units"),
         ({"units": UNITS, "responses": -1.0}, "expected a weight of at least 0"),
+        ({"units": UNITS, "order": 3}, "model.order = 3: expected 1 or 2"),
         ({"units": UNITS, "responses": 1.0, "own": 0, "own_share": 0}, "expected own samples"),
         ({"units": UNITS, "responses": 1.0, "own_share": 1.0}, "and images, found model.own_share = 1.0"),
         (

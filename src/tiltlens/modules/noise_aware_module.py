@@ -25,6 +25,7 @@ from tiltlens.modules.noise_aware_task import LayerTask, UnitTask
 from tiltlens.modules.noise_levels import LevelMeans
 from tiltlens.modules.own_samples import Paths, own_paths, own_samples
 from tiltlens.priors import load_prior
+from tiltlens.sampling.chain import ORDERS
 from tiltlens.units.combination import build_unit
 from tiltlens.units.noise_aware import TwinConfig, place, reader_of, save_twin, twin_of
 from tiltlens.units.sources import load_encoder
@@ -46,7 +47,7 @@ class NoiseAwareModule(LightningModule):
     network: the encoder that is to read the units, a smaller one for instance, by heads on `layers` of its own; null for a
     copy of their encoder, which reads each at its place.
     log_snr: the range of noise levels; until: the highest at which the twin is used, for sharper estimates are the
-    encoder's own. own: so many samples of the prior are drawn first, by a chain of `steps`, and make up the share own_share
+    encoder's own. own: so many samples of the prior are drawn first, by a chain of `steps` and `order` (2: sharper at few steps), and make up the share own_share
     of each batch. responses: the weight of what the reader's gradient earns along the own samples' trajectories
     (`tiltlens.modules.noise_aware_responses`), beside 1 of the values' error; 0 for values alone, and then own samples are noised as images are; of
     readers of single units. init_from: a folder of a reader of the same units to begin with, or "bundled". fused_attention: False where the fused kernel is the slow one (bf16 on a CPU). Raises UserError or
@@ -67,6 +68,7 @@ class NoiseAwareModule(LightningModule):
         own: int = 2048,
         own_share: float = 0.5,
         steps: int = 40,
+        order: int = 1,
         responses: float = 0.0,
         init_from: str | None = None,
         learning_rate: float = 5e-4,
@@ -94,6 +96,8 @@ class NoiseAwareModule(LightningModule):
             raise UserError(
                 "model.responses, model.init_from: of readers of single units; expected model.units, found none"
             )
+        if order not in ORDERS:
+            raise UserError(f"model.order = {order}: expected 1 or 2")
         if not 0 <= responses < float("inf"):
             raise UserError(f"model.responses = {responses}: expected a weight of at least 0")
         if responses and not 0 < own_share < 1:
@@ -135,7 +139,7 @@ class NoiseAwareModule(LightningModule):
         )
         self.low, self.high = (float(x) for x in log_snr)
         self.until = self.high if until is None else min(float(until), self.high)
-        self.own, self.own_share, self.steps = own, own_share, steps
+        self.own, self.own_share, self.steps, self.order = own, own_share, steps, order
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         levels = self.low, self.high, len(self.task.weights)
         self.errors = LevelMeans(*levels, 1.0)
@@ -163,6 +167,7 @@ class NoiseAwareModule(LightningModule):
             "model.network": self.network, "model.layers": self.layers, "model.log_snr": [self.low, self.high],
             # whose later steps the checkpoint tells
             **({"model.own, model.steps, model.until": [self.own, self.steps, self.until]} if self.responses else {}),
+            **({"model.order": self.order} if self.responses and self.order != 1 else {}),
         }  # fmt: skip
 
     def on_fit_start(self) -> None:
@@ -179,9 +184,9 @@ class NoiseAwareModule(LightningModule):
         source.to(self.device), prior.to(self.device)
         if self.responses:
             levels = (self.low, self.until)
-            self.paths = own_paths(self.trainer, prior, self.own, self.steps, levels, self.device)
+            self.paths = own_paths(self.trainer, prior, self.own, self.steps, self.order, levels, self.device)
         elif self.own:
-            self.own_states = own_samples(self.trainer, prior, self.own, self.steps, self.device)
+            self.own_states = own_samples(self.trainer, prior, self.own, self.steps, self.order, self.device)
         own = self.paths.x_0 if self.paths else self.own_states
         self.task.know(own, self.trainer, [prior.fingerprint, str(self.trainer.precision)], self.device)
         self._measure()
@@ -332,6 +337,7 @@ class NoiseAwareModule(LightningModule):
             "steps": self.trainer.global_step, "own": self.own, "own_share": self.own_share,
             "processor_seconds": round(time.process_time() - self.began), **found,
         }  # fmt: skip
+        trained |= {"order": self.order} if self.own and self.order != 1 else {}
         trained |= {"responses": self.response_weight} if self.responses else {}
         trained |= {"init_from": self.before} if self.before else {}
         if self.network or not self.units:

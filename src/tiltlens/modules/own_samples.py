@@ -46,22 +46,24 @@ class Paths(NamedTuple):
         return tuple(torch.where(turn, x.flip(3), x) for x in found)
 
 
-def own_samples(trainer: Trainer, prior: Prior, count: int, steps: int, device: torch.device) -> Tensor:
-    """x_0 (count, *shape) float32, of an unguided chain of `steps`; kept in the run's folder, drawn by one process alone."""
+def own_samples(
+    trainer: Trainer, prior: Prior, count: int, steps: int, order: int, device: torch.device
+) -> Tensor:
+    """x_0 (count, *shape) float32, of an unguided chain of `steps`, of this order; kept in the run's folder, drawn by one process alone."""
 
     def draw() -> Iterator[dict[str, Tensor]]:
-        chain = Chain(prior.denoiser, step_indices(prior.denoiser.schedule, steps))
+        chain = Chain(prior.denoiser, step_indices(prior.denoiser.schedule, steps), order=order)
         for x_0 in unguided(chain, count, "noise-aware", device, torch.float32):
             yield {"x_0": x_0}
 
-    name = stream_seed(f"{prior.law}/{steps}", count, "start")
+    name = stream_seed(f"{prior.law}/{steps}{_of(order)}", count, "start")
     return _kept(trainer, f"own-{name:016x}", count, draw)["x_0"]
 
 
 def own_paths(
-    trainer: Trainer, prior: Prior, count: int, steps: int, levels: tuple[float, float], device: torch.device
-) -> Paths:
-    """`count` trajectories of unguided chains of `steps` to steps + 3, at these levels of log-SNR; kept as `own_samples` are, a clean
+    trainer: Trainer, prior: Prior, count: int, steps: int, order: int, levels: tuple[float, float], device: torch.device
+) -> Paths:  # fmt: skip
+    """`count` trajectories of unguided chains of `steps` to steps + 3, of this order, at these levels of log-SNR; kept as `own_samples` are, a clean
     estimate in half precision: about 12 kB a row of 32 pixels, a gigabyte for 6,000 trajectories of 12 rows. Raises UserError where a chain has
     no step at these levels."""
     schedule, (low, high) = prior.denoiser.schedule, levels
@@ -75,13 +77,18 @@ def own_paths(
 
     def draw() -> Iterator[dict[str, Tensor]]:
         for k, first in enumerate(range(0, count, BATCH)):
-            chain = Chain(prior.denoiser, grids[k % GRIDS])
+            chain = Chain(prior.denoiser, grids[k % GRIDS], order=order)
             seeds = range(first, min(first + BATCH, count))
             found = responses(chain, seeds, "noise-aware", levels, device)
             yield {n: x.half() if n in ("x0_hat", "moved") else x for n, x in found.items()}
 
-    name = stream_seed(f"{prior.law}/{grids}/{levels}", count, "start")
+    name = stream_seed(f"{prior.law}/{grids}/{levels}{_of(order)}", count, "start")
     return Paths(**_kept(trainer, f"own-paths-{name:016x}", count, draw))
+
+
+def _of(order: int) -> str:
+    """In names of what is kept; those of order 1 are older than the other."""
+    return "" if order == 1 else f"/order {order}"
 
 
 def read_samples(
