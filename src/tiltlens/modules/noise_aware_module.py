@@ -20,12 +20,11 @@ from tiltlens.errors import UserError
 from tiltlens.modules.image_data import Batch, BatchStream
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
 from tiltlens.modules.noise_aware_responses import Responses, earned, respond
-from tiltlens.modules.noise_aware_start import begin_with
+from tiltlens.modules.noise_aware_start import begin_with, check_asked
 from tiltlens.modules.noise_aware_task import LayerTask, UnitTask
 from tiltlens.modules.noise_levels import LevelMeans
 from tiltlens.modules.own_samples import Paths, own_paths, own_samples
 from tiltlens.priors import load_prior
-from tiltlens.sampling.chain import ORDERS
 from tiltlens.units.combination import build_unit
 from tiltlens.units.noise_aware import TwinConfig, place, reader_of, save_twin, twin_of
 from tiltlens.units.sources import load_encoder
@@ -78,32 +77,7 @@ class NoiseAwareModule(LightningModule):
     ):
         super().__init__()
         check_rate(learning_rate, weight_decay, warmup, 1 - warmup)
-        if not layers:
-            raise UserError("model.layers: expected at least one layer")
-        if not (0 <= own_share <= 1 and own >= 0) or (own == 0) != (own_share == 0):
-            raise UserError(
-                f"model.own = {own}, model.own_share = {own_share}: expected a count and a share of the batch, both 0 or neither"
-            )
-        if not log_snr[0] < log_snr[1]:
-            raise UserError(f"model.log_snr = {log_snr}: expected (lowest, highest)")
-        if until is not None and not log_snr[0] < until:
-            raise UserError(
-                f"model.until = {until}: expected a level above {log_snr[0]}, the lowest of model.log_snr"
-            )
-        if network is not None and not units:
-            raise UserError("model.network reads single units: expected model.units, found none")
-        if not units and (responses or init_from):
-            raise UserError(
-                "model.responses, model.init_from: of readers of single units; expected model.units, found none"
-            )
-        if order not in ORDERS:
-            raise UserError(f"model.order = {order}: expected 1 or 2")
-        if not 0 <= responses < float("inf"):
-            raise UserError(f"model.responses = {responses}: expected a weight of at least 0")
-        if responses and not 0 < own_share < 1:
-            raise UserError(
-                f"model.responses = {responses}: expected own samples, whose trajectories they are of, and images, found model.own_share = {own_share}"
-            )
+        check_asked(units, network, layers, log_snr, until, own, own_share, order, responses, init_from)
         source, self.layers = load_encoder(encoder, weights), [None if x == OUTPUT else x for x in layers]
         if units:
             try:
