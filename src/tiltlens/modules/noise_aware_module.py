@@ -20,12 +20,11 @@ from tiltlens.errors import UserError
 from tiltlens.modules.image_data import Batch, BatchStream
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
 from tiltlens.modules.noise_aware_responses import Responses, earned, respond
-from tiltlens.modules.noise_aware_start import begin_with, check_asked
+from tiltlens.modules.noise_aware_start import begin_with, check_asked, members_of
 from tiltlens.modules.noise_aware_task import LayerTask, UnitTask
 from tiltlens.modules.noise_levels import LevelMeans
 from tiltlens.modules.own_samples import Paths, own_paths, own_samples
 from tiltlens.priors import load_prior
-from tiltlens.units.combination import build_unit
 from tiltlens.units.noise_aware import TwinConfig, place, reader_of, save_twin, twin_of
 from tiltlens.units.sources import load_encoder
 from tiltlens.writing import whole_folder
@@ -41,7 +40,8 @@ class NoiseAwareModule(LightningModule):
     """A twin of `encoder` under `prior`, trained on {image (B, 3, H, W) in [-1, 1]}.
 
     encoder, weights: as in a unit's address. prior: any that `load_prior` reads; precision: of its network. units:
-    addresses of the encoder's units that it is to read, and them alone; null for all, layer by layer. layers: whose
+    addresses of the encoder's units that it is to read, and them alone, with channel=* and class=* for all of a place, which share half of the
+    loss where others are named; null for all, layer by layer. layers: whose
     outputs are learned then, module paths, "output" for the encoder's own, which counts as much as all others together.
     network: the encoder that is to read the units, a smaller one for instance, by heads on `layers` of its own; null for a
     copy of their encoder, which reads each at its place.
@@ -81,8 +81,8 @@ class NoiseAwareModule(LightningModule):
         source, self.layers = load_encoder(encoder, weights), [None if x == OUTPUT else x for x in layers]
         if units:
             try:
-                members = {m.name: m for u in units for m in build_unit(u).load().members}
-                self.twin = reader_of(source, list(members.values()), network, self.layers)
+                named, members = members_of(units, source)
+                self.twin = reader_of(source, members, network, self.layers)
             except ValueError as error:
                 raise UserError(f"model.units, model.network: {error}") from None
         else:
@@ -107,7 +107,7 @@ class NoiseAwareModule(LightningModule):
         # In a tuple: they are neither trained nor kept in checkpoints.
         self._parts = (source, loaded)
         self.task = (
-            UnitTask(source, self.twin, loaded.decode)
+            UnitTask(source, self.twin, loaded.decode, named)
             if units
             else LayerTask(source, self.twin, self.layers, loaded.decode)
         )
@@ -279,7 +279,7 @@ class NoiseAwareModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """val_error: of units or means, in units of the variance, all noise levels alike, or where responses are taught own trajectories at the
         levels of their chains; val_error_output: of the output. val_response: the share of Var a that the reader's gradient earns along the
-        trajectories that are held out, mean over the units."""
+        trajectories that are held out, mean over the units, those that are named; val_response_all: with the others."""
         generator = torch.Generator().manual_seed(batch["seed"])
         errors, _, _ = self.errors_of(batch["image"], generator, held_out=True)
         self.log("val_error", errors[:, self.task.told].mean(), prog_bar=True, batch_size=len(errors))
@@ -293,7 +293,9 @@ class NoiseAwareModule(LightningModule):
             log_snr = self._parts[1].denoiser.schedule.log_snr
             with self.trainer.precision_plugin.forward_context():
                 share = earned(self.task, self.paths, self._apart, log_snr, self.responses.kappa)
-            self.log("val_response", share.mean(), prog_bar=True)
+            self.log("val_response", share[self.task.told].mean(), prog_bar=True)
+            if len(share) > len(share[self.task.told]):
+                self.log("val_response_all", share.mean())
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(self.trained, self.learning_rate, weight_decay=self.weight_decay)

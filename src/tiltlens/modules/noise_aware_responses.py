@@ -34,6 +34,7 @@ KEEP = 0.995  # of a running gain and cost, a training step
 LEAST, MOST = 0.1, 1.5  # kappa
 LOOK = 2000  # training steps, after which what later steps tell is read anew
 ROWS = 128
+COLUMNS = 64
 
 
 class Responses(nn.Module):
@@ -72,6 +73,7 @@ class Responses(nn.Module):
             self.gain.follow((residual - self.later) * d, level, 1.0)
             self.cost.follow(d.square(), level, 1.0)
             self.later = later(paths, 0, self.kappa(level) * d)
+        self.later = self.later.half()  # of a thousand units it is as much as the trajectories
         self.looked = due
 
 
@@ -93,8 +95,11 @@ def later(paths: Paths, first: int, told: Tensor) -> Tensor:
     """(R, units): the sum of `told` (R, units) over the later rows of each row's own sample. Rows first, first + 1, ... of the paths, whole samples."""
     sample = paths.sample[first : first + len(told)]
     last = torch.searchsorted(sample, sample, right=True) - 1
-    total = told.double().cumsum(0)
-    return (total[last.to(told.device)] - total).float()
+    found = []
+    for part in told.split(COLUMNS, 1):  # of many units twice as many bytes as these have
+        total = part.double().cumsum(0)
+        found.append((total[last.to(told.device)] - total).float())
+    return torch.cat(found, 1)
 
 
 @torch.no_grad()

@@ -5,11 +5,25 @@ from typing import Any
 
 from tiltlens.errors import UserError
 from tiltlens.sampling.chain import ORDERS
+from tiltlens.units.combination import build_unit
 from tiltlens.units.encoder import Encoder
-from tiltlens.units.noise_aware import load_twin, place
+from tiltlens.units.every import is_every, spread
+from tiltlens.units.noise_aware import few, load_twin, place
 from tiltlens.units.reader import UnitReader
+from tiltlens.units.unit import Unit
 
 COPY = "a copy of their encoder"
+
+
+def members_of(units: Sequence[str], encoder: Encoder) -> tuple[int, list[Unit]]:
+    """How many of a reader's units are named one by one, and all of them, those first; each once. Raises ValueError for none that can be."""
+    one = [u for u in units if not is_every(u)]
+    members = {m.name: m for u in one for m in build_unit(u).load().members}
+    named = len(members)
+    for u in spread([u for u in units if is_every(u)], encoder):
+        for m in build_unit(u).load(encoder).members:
+            members.setdefault(m.name, m)
+    return named, list(members.values())
 
 
 def check_asked(
@@ -48,8 +62,8 @@ def check_asked(
 def begin_with(
     folder: str, reader: UnitReader, encoder: Encoder, prior_sha256: str, network: str | None, layers: Sequence[str | None]
 ) -> dict[str, Any]:  # fmt: skip
-    """Give a reader the weights of the one in a folder, or of the "bundled" one; returns how that was trained. network, layers: the
-    reader's, as of NoiseAwareModule.
+    """Give a reader the weights of the one in a folder, or of the "bundled" one, of the same units or some of them; returns how that was
+    trained. network, layers: the reader's, as of NoiseAwareModule.
 
     Raises UserError where there is none, and for one of another encoder, prior, network or of other units.
     """
@@ -58,10 +72,11 @@ def begin_with(
     except (ValueError, OSError) as error:
         raise UserError(f"model.init_from: {error}") from None
     mine, config = [place(m) for m in reader.members], known.config
-    if (config.units, config.network, config.layers) != (mine, network, list(layers) if network else None):
+    strange = [u for u in config.units or ["every layer"] if u not in mine]
+    if strange or (config.network, config.layers) != (network, list(layers) if network else None):
         raise UserError(
-            f"model.init_from {folder}: expected a reader of {', '.join(mine)} by {network or COPY}, found one of "
-            f"{', '.join(config.units or ['every layer'])} by {config.network or COPY}"
+            f"model.init_from {folder}: expected a reader of {few(mine)}, or of some of them, by {network or COPY}, found one of "
+            f"{few(config.units or strange)} by {config.network or COPY}"
         )
-    reader.load_state_dict(known.twin.state_dict())
+    reader.begin_as(known.twin, [mine.index(u) for u in config.units])
     return config.trained

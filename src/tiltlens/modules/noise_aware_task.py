@@ -15,6 +15,7 @@ from tiltlens.modules.own_samples import read_samples
 from tiltlens.units.encoder import Encoder
 from tiltlens.units.reader import UnitReader
 from tiltlens.units.readout import positions
+from tiltlens.units.unit import read_together
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -72,12 +73,16 @@ class LayerTask:
 
 
 class UnitTask:
-    """A few units, a column each, alike. What the encoder says of own samples is read once, and kept in the run's folder."""
+    """Units, a column each. The first `named` (None: all) are alike, and as much as all others together, which are there for what they teach
+    the network that they share. What the encoder says of own samples is read once, and kept in the run's folder."""
 
-    def __init__(self, encoder: Encoder, reader: UnitReader, decode: Decode):
+    def __init__(self, encoder: Encoder, reader: UnitReader, decode: Decode, named: int | None = None):
         self.encoder, self.reader, self.members, self.decode = encoder, reader, reader.members, decode
-        self.told, self.output = slice(None), None
-        self.weights = torch.full((len(self.members),), 1 / len(self.members))
+        count = len(self.members)
+        named = named or count
+        self.told, self.output = slice(0, named), None
+        self.weights = torch.full((count,), 0.5 / max(count - named, 1))
+        self.weights[:named] = (0.5 if named < count else 1.0) / named
         self._known: Tensor | None = None
 
     def know(
@@ -114,7 +119,7 @@ class UnitTask:
     def _raw(self, images: Tensor) -> Tensor:
         """(B, units), by the encoder."""
         outputs = self.encoder.outputs(images, list(dict.fromkeys(m.address.layer for m in self.members)))
-        return torch.stack([m.read(outputs[m.address.layer]) for m in self.members], 1)
+        return read_together(self.members, outputs)
 
 
 def _floored(std: Tensor) -> Tensor:

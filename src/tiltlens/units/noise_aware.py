@@ -68,6 +68,8 @@ class NoiseAware(nn.Module):
         self.twin, self.config = twin, config
         read = f"{fingerprint(_state(twin))} {config.log_snr} {config.units}"
         self.sha256 = hashlib.sha256(read.encode()).hexdigest()
+        read_by = twin.members if isinstance(twin, UnitReader) else []
+        self._columns = {place(m): k for k, m in enumerate(read_by)}
 
     def at(self, log_snr: float) -> bool:
         """Whether the twin reads at this noise level."""
@@ -81,9 +83,9 @@ class NoiseAware(nn.Module):
     def read(self, members: Sequence[Unit], images: Tensor, log_snr: float) -> dict[Unit, Tensor]:
         """Raw activations (B,) of these units, float32 or better. Differentiable."""
         if isinstance(self.twin, UnitReader):
-            columns = {place(m): k for k, m in enumerate(self.twin.members)}
-            values = self.twin.read(images, log_snr)
-            return {m: values[:, columns[place(m)]] for m in members}
+            members = list(dict.fromkeys(members))
+            values = self.twin.read(images, log_snr, [self._columns[place(m)] for m in members])
+            return dict(zip(members, values.unbind(1)))
         outputs = self.twin.activations(images, list(dict.fromkeys(m.address.layer for m in members)))
         return {m: m.read(outputs[m.address.layer]) for m in members}
 
@@ -91,6 +93,12 @@ class NoiseAware(nn.Module):
 def place(unit: EncoderUnit) -> str:
     """Its address without the encoder, which sha256 names better than any path: class=horse."""
     return str(replace(unit.address, encoder="bundled", weights=None)).partition(",")[2]
+
+
+def few(units: Sequence[str], most: int = 6) -> str:
+    """Units as an error names them: so many at most."""
+    more = f" and {len(units) - most} more" if len(units) > most else ""
+    return ", ".join(units[:most]) + more
 
 
 def twin_folder(name: str | Path) -> Path:

@@ -17,7 +17,7 @@ from torch.nn.functional import layer_norm
 from tiltlens.batches import in_equal_batches
 from tiltlens.units.encoder import Encoder
 from tiltlens.units.readout import positions
-from tiltlens.units.unit import Unit
+from tiltlens.units.unit import Unit, read_together
 
 TILE = 4
 WAVES = 16
@@ -57,29 +57,48 @@ class UnitReader(nn.Module):
         """All weights but mean and std."""
         return [p for p in self.parameters() if p is not self.mean and p is not self.std]
 
-    def forward(self, images: Tensor, log_snr: Tensor) -> Tensor:
-        """Standardised activations (B, K) float32 or better; log_snr (B,)."""
+    def begin_as(self, other: "UnitReader", columns: Sequence[int]) -> None:
+        """The weights of a reader by the same network, whose units are these columns; any other unit as that network reads it."""
+        columns, units, theirs = list(columns), len(self.members), len(other.members)
+        rows = list(range(first := 3 * TILE**2))
+        for k, rest in ((first, range(theirs)), (first + units, range(theirs))):
+            rows += [k + columns[j] for j in rest]
+        self.network.load_state_dict(other.network.state_dict())
+        self.level[0].load_state_dict(other.level[0].state_dict())
+        with torch.no_grad():
+            pairs = [(self.mean, other.mean, columns), (self.std, other.std, columns)]
+            pairs += [(p, q, rows) for p, q in zip(self.level[-1].parameters(), other.level[-1].parameters())]
+            if self.heads is not None:
+                pairs += [(p, q, columns) for p, q in zip(self.heads.parameters(), other.heads.parameters())]
+            for mine, known, at in pairs:
+                mine[at] = known
+
+    def forward(self, images: Tensor, log_snr: Tensor, columns: Sequence[int] | None = None) -> Tensor:
+        """Standardised activations (B, K) float32 or better; log_snr (B,). columns: those of K that are wanted, None for all."""
+        wanted = list(range(len(self.members)) if columns is None else columns)
         phase = log_snr[:, None] * self.waves
         level = self.level(torch.cat([phase.sin(), phase.cos(), log_snr[:, None] / 5], 1))
         tile, gain, shift = level.split([3 * TILE**2, len(self.members), len(self.members)], 1)
         height, width = images.shape[-2:]
         tile = tile.unflatten(1, (3, TILE, TILE)).repeat(1, 1, -(-height // TILE), -(-width // TILE))
         seen = images + tile[..., :height, :width].to(images.dtype)
-        z = self._own(seen) if self.heads is None else self.heads(self._features(seen))
-        return z * (1 + gain) + shift
+        z = self._own(seen, wanted) if self.heads is None else self.heads(self._features(seen))[:, wanted]
+        return z * (1 + gain[:, wanted]) + shift[:, wanted]
 
-    def read(self, images: Tensor, log_snr: float) -> Tensor:
-        """Raw activations (B, K) at one noise level, a row the same in any company. Differentiable."""
+    def read(self, images: Tensor, log_snr: float, columns: Sequence[int]) -> Tensor:
+        """Raw activations (B, columns) at one noise level, a row the same in any company. Differentiable. No further than to the last
+        layer that these columns need."""
+        columns = list(columns)
 
         def part(rows: Tensor) -> Tensor:
-            return self(rows, torch.full((len(rows),), log_snr, device=rows.device))
+            return self(rows, torch.full((len(rows),), log_snr, device=rows.device), columns)
 
-        return in_equal_batches(part, images) * self.std + self.mean
+        return in_equal_batches(part, images) * self.std[columns] + self.mean[columns]
 
-    def _own(self, images: Tensor) -> Tensor:
-        outputs = self.network.outputs(images, self._reads)
-        raw = torch.stack([m.read(outputs[m.address.layer]) for m in self.members], 1)
-        return (raw - self.mean) / self.std
+    def _own(self, images: Tensor, columns: Sequence[int]) -> Tensor:
+        members = [self.members[k] for k in columns]
+        outputs = self.network.outputs(images, list(dict.fromkeys(m.address.layer for m in members)))
+        return (read_together(members, outputs) - self.mean[columns]) / self.std[columns]
 
     def _features(self, images: Tensor) -> Tensor:
         outputs, found = self.network.outputs(images, self._reads), []

@@ -63,7 +63,7 @@ def positions(h: Tensor, tokens: str | None, encoder: Encoder) -> tuple[Tensor, 
 
 
 def reduce(values: Tensor, reduction: str) -> Tensor:
-    """(B, P) -> (B,). Raises ValueError for reduction none where P > 1."""
+    """(B, P) -> (B,), or (B, P, C) -> (B, C). Raises ValueError for reduction none where P > 1."""
     if reduction == "none":
         if values.shape[1] != 1:
             raise ValueError(

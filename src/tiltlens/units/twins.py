@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tiltlens.units.bank import UnitBank
-from tiltlens.units.noise_aware import OtherTwinError, load_twin
+from tiltlens.units.noise_aware import OtherTwinError, few, load_twin
 
 AUTO = "auto"
 
@@ -33,7 +33,7 @@ def adopt_twins(bank: UnitBank, folders: Iterable[str | Path], prior_sha256: str
         strange = list(dict.fromkeys(m.name for m in mine if not twin.reads(m)))
         if strange and not auto:
             raise ValueError(
-                f"the noise-aware twin of {twin.config.encoder['name']} was trained for {', '.join(twin.config.units)} alone, "
+                f"the noise-aware twin of {twin.config.encoder['name']} was trained for {few(twin.config.units)} alone, "
                 f"found {', '.join(strange)}: train one for it, or leave it out"
             )
         if strange:

@@ -1,7 +1,7 @@
 """Units: what a(x) is. An activation of an encoder, a projection of a vector, or a combination of such."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -71,7 +71,7 @@ class EncoderUnit(Unit):
 
     def __init__(self, address: Address):
         self.name = str(address)
-        self._pick: Pick | None = None
+        self.pick: Pick | None = None
         find_encoder(address.encoder, address.weights)
         kind = KINDS[address.kind]
         self._files = kind.files(address.value)
@@ -80,10 +80,10 @@ class EncoderUnit(Unit):
 
     def load(self, encoder: Encoder | None = None) -> "EncoderUnit":
         """encoder: one that is at hand, in place of the one that the address names."""
-        if self._pick is None:
+        if self.pick is None:
             encoder = encoder or load_encoder(self.address.encoder, self.address.weights)
             encoder.require_layer(self.address.layer)
-            self._pick = KINDS[self.address.kind].bind(self.address.value, encoder)
+            self.pick = KINDS[self.address.kind].bind(self.address.value, encoder)
             self.encoder = encoder
         return self
 
@@ -100,9 +100,27 @@ class EncoderUnit(Unit):
         """The output of the addressed layer -> activations (B,), float32 or better."""
         try:
             h, default = positions(_precise(h), self.address.tokens, self.encoder)
-            return reduce(self._pick(h), self.address.reduction or default)
+            return reduce(self.pick(h), self.address.reduction or default)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
+
+
+def read_together(units: Sequence[EncoderUnit], outputs: Mapping[str | None, Tensor]) -> Tensor:
+    """Activations (B, units) of one encoder's units, from the outputs of its layers: `read`, but what channels of one place have in
+    common, positions and reduction, is done once. As exact, not to the bit."""
+    reduced: dict[tuple, Tensor] = {}
+    found = []
+    for unit in units:
+        a = unit.address
+        if a.kind not in ("channel", "class"):
+            found.append(unit.read(outputs[a.layer]))
+            continue
+        where = (a.layer, a.tokens, a.reduction)
+        if where not in reduced:
+            h, default = positions(_precise(outputs[a.layer]), a.tokens, unit.encoder)
+            reduced[where] = reduce(h, a.reduction or default)[:, None]  # (B, 1, C)
+        found.append(unit.pick(reduced[where])[:, 0])
+    return torch.stack(found, 1)
 
 
 class Projection(Unit):
