@@ -14,7 +14,7 @@ from tiltlens.modules.noise_aware_task import UnitTask
 from tiltlens.priors import load_prior
 from tiltlens.units import Encoder, UnitBank, build_unit, load_encoder, register_encoder
 from tiltlens.units.every import is_every, spread
-from tiltlens.units.noise_aware import TwinConfig, few, load_twin, place, reader_of, save_twin
+from tiltlens.units.noise_aware import NoiseAware, TwinConfig, few, load_twin, place, reader_of, save_twin
 from tiltlens.units.unit import read_together
 
 PLACE = "bundled,layer=blocks.3,tokens=patch,reduction=mean"
@@ -98,6 +98,37 @@ def test_a_reader_reads_the_units_that_are_wanted_and_no_layer_beyond_them():
     torch.testing.assert_close(reader.read(x, -1.0, [2, 0]), whole[:, [2, 0]])
     assert called == [3, 4, 3]
     torch.testing.assert_close(reader.read(x, -1.0, [1]), whole[:, [1]])
+
+
+def test_a_unit_is_known_however_it_is_spelt(folder):
+    encoder = load_encoder("bundled")
+    given = [
+        "layer=blocks.3,tokens=patch,reduction=mean,channel=17",
+        "layer=blocks.2,tokens=cls,channel=4",
+        "class=horse",
+    ]
+    whose = {"name": "bundled", "sha256": encoder.fingerprint}
+    members = units([f"bundled,{u}" for u in given])
+    twin = NoiseAware(reader_of(encoder, members, None, None), TwinConfig(whose, whose, (-3.0, 3.0), given))
+    same = units(
+        [
+            "bundled,layer=blocks.3,channel=17",
+            "bundled,layer=blocks.2,tokens=cls,reduction=max,channel=4",
+            "bundled,layer=blocks.3,tokens=patch,channel=17",
+        ]
+    )
+    other = [
+        "layer=blocks.3,reduction=max,channel=17",
+        "layer=blocks.3,tokens=all,channel=17",
+        "layer=blocks.2,channel=4",
+        "channel=7",
+    ]
+    assert all(map(twin.reads, [*same, *members]))
+    assert not any(map(twin.reads, units([f"bundled,{u}" for u in other])))
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    found = twin.read([*members, *same], x, 0.0)
+    for m, twice in ((members[0], same[0]), (members[1], same[1]), (members[0], same[2])):
+        assert torch.equal(found[m], found[twice])
 
 
 def test_a_reader_of_more_units_begins_as_one_of_some_of_them(folder, tmp_path):
