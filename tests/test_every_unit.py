@@ -54,7 +54,7 @@ def test_named_units_come_first_and_each_unit_once(folder):
     assert places[2:4] == ["channel=0", "channel=2"]
     assert places[4:] == [f"layer=0,reduction=max,channel={k}" for k in range(6)]
     weights = UnitTask(None, reader_of(load_encoder("star-net"), members, None, None), None, named).weights
-    torch.testing.assert_close(weights, torch.tensor([0.25] * 2 + [0.0625] * 8))
+    torch.testing.assert_close(weights, torch.tensor([0.25] * 2 + [0.125] * 2 + [0.25 / 6] * 6))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from tiltlens.batches import network_rows
 from tiltlens.errors import UserError
 from tiltlens.modules.image_data import Batch, BatchStream
 from tiltlens.modules.learning_rate import check_rate, warm_hold_decay
@@ -199,7 +200,8 @@ class NoiseAwareModule(LightningModule):
             u = (k + float(torch.rand(1, generator=generator))) / levels
             t = int((schedule.log_snr - (self.low + u * (self.high - self.low))).abs().argmin())
             eps = torch.randn(part.shape, generator=generator).to(part)
-            out.append(denoiser(float(schedule.alpha[t]) * part + float(schedule.sigma[t]) * eps, t))
+            with network_rows(len(part)):  # no row is filled up, for none has to be the same in any company
+                out.append(denoiser(float(schedule.alpha[t]) * part + float(schedule.sigma[t]) * eps, t))
             steps.append(torch.full((len(part),), t))
         return torch.cat(out), torch.cat(steps)
 

@@ -32,7 +32,7 @@ Read = Callable[[Tensor], Tensor]
 STEP = 0.5  # of a step's own response, to either side: central differences of the reader
 KEEP = 0.995  # of a running gain and cost, a training step
 LEAST, MOST = 0.1, 1.5  # kappa
-LOOK = 2000  # training steps, after which what later steps tell is read anew
+LOOK = 4000  # training steps, after which what later steps tell is read anew
 ROWS = 128
 COLUMNS = 64
 

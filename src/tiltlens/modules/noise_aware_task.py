@@ -5,6 +5,7 @@ are each in units of the encoder's own variance. `weights` (columns,) are their 
 units read: those of val_error.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,16 +74,19 @@ class LayerTask:
 
 
 class UnitTask:
-    """Units, a column each. The first `named` (None: all) are alike, and as much as all others together, which are there for what they teach
-    the network that they share. What the encoder says of own samples is read once, and kept in the run's folder."""
+    """Units, a column each. The first `named` (None: all) are alike, and as much as all others together, place by place, which are there for
+    what they teach the network that they share. What the encoder says of own samples is read once, and kept in the run's folder."""
 
     def __init__(self, encoder: Encoder, reader: UnitReader, decode: Decode, named: int | None = None):
         self.encoder, self.reader, self.members, self.decode = encoder, reader, reader.members, decode
         count = len(self.members)
         named = named or count
         self.told, self.output = slice(0, named), None
-        self.weights = torch.full((count,), 0.5 / max(count - named, 1))
-        self.weights[:named] = (0.5 if named < count else 1.0) / named
+        addresses = [m.address for m in self.members[named:]]
+        places = [(a.layer, a.tokens, a.reduction, a.kind) for a in addresses]
+        of = Counter(places)
+        rest = [0.5 / len(of) / of[p] for p in places]
+        self.weights = torch.tensor([(0.5 if rest else 1.0) / named] * named + rest)
         self._known: Tensor | None = None
 
     def know(

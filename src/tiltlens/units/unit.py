@@ -3,11 +3,13 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from tiltlens.units.address import Address
+from tiltlens.units.classes import class_index
 from tiltlens.units.encoder import Encoder
 from tiltlens.units.grammar import number, short_hash, slug
 from tiltlens.units.kinds import KINDS, Pick, parse_numbers
@@ -71,7 +73,7 @@ class EncoderUnit(Unit):
 
     def __init__(self, address: Address):
         self.name = str(address)
-        self.pick: Pick | None = None
+        self._pick: Pick | None = None
         find_encoder(address.encoder, address.weights)
         kind = KINDS[address.kind]
         self._files = kind.files(address.value)
@@ -80,10 +82,10 @@ class EncoderUnit(Unit):
 
     def load(self, encoder: Encoder | None = None) -> "EncoderUnit":
         """encoder: one that is at hand, in place of the one that the address names."""
-        if self.pick is None:
+        if self._pick is None:
             encoder = encoder or load_encoder(self.address.encoder, self.address.weights)
             encoder.require_layer(self.address.layer)
-            self.pick = KINDS[self.address.kind].bind(self.address.value, encoder)
+            self._pick = KINDS[self.address.kind].bind(self.address.value, encoder)
             self.encoder = encoder
         return self
 
@@ -100,27 +102,43 @@ class EncoderUnit(Unit):
         """The output of the addressed layer -> activations (B,), float32 or better."""
         try:
             h, default = positions(_precise(h), self.address.tokens, self.encoder)
-            return reduce(self.pick(h), self.address.reduction or default)
+            return reduce(self._pick(h), self.address.reduction or default)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
 
 
 def read_together(units: Sequence[EncoderUnit], outputs: Mapping[str | None, Tensor]) -> Tensor:
     """Activations (B, units) of one encoder's units, from the outputs of its layers: `read`, but what channels of one place have in
-    common, positions and reduction, is done once. As exact, not to the bit."""
-    reduced: dict[tuple, Tensor] = {}
+    common, positions and reduction, is done once for all. As exact, not to the bit."""
+    order, places, others = _plan(tuple(units))
     found = []
-    for unit in units:
+    for (layer, tokens, reduction), channels in places.items():
+        h, default = positions(_precise(outputs[layer]), tokens, units[0].encoder)
+        found.append(reduce(h, reduction or default)[:, channels])
+    found += [u.read(outputs[u.address.layer])[:, None] for u in others]
+    return torch.cat(found, 1)[:, order]
+
+
+@lru_cache(maxsize=64)
+def _plan(units: tuple[EncoderUnit, ...]) -> tuple[list[int], dict[tuple, list[int]], list[EncoderUnit]]:
+    """Of `read_together`: the column of each unit among those that are found, the channels of each place, and what is no channel."""
+    places: dict[tuple, list[int]] = {}
+    at: dict[int, tuple[tuple, int]] = {}
+    others = []
+    for k, unit in enumerate(units):
         a = unit.address
-        if a.kind not in ("channel", "class"):
-            found.append(unit.read(outputs[a.layer]))
-            continue
-        where = (a.layer, a.tokens, a.reduction)
-        if where not in reduced:
-            h, default = positions(_precise(outputs[a.layer]), a.tokens, unit.encoder)
-            reduced[where] = reduce(h, a.reduction or default)[:, None]  # (B, 1, C)
-        found.append(unit.pick(reduced[where])[:, 0])
-    return torch.stack(found, 1)
+        if a.kind in ("channel", "class"):
+            channels = places.setdefault((a.layer, a.tokens, a.reduction), [])
+            at[k] = (a.layer, a.tokens, a.reduction), len(channels)
+            channels.append(class_index(unit.encoder, a.value) if a.kind == "class" else a.value)
+        else:
+            others.append(unit)
+    first, begins = 0, {}
+    for place, channels in places.items():
+        begins[place] = first
+        first += len(channels)
+    rest = iter(range(first, len(units)))
+    return [begins[at[k][0]] + at[k][1] if k in at else next(rest) for k in range(len(units))], places, others
 
 
 class Projection(Unit):
