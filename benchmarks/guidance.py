@@ -11,8 +11,8 @@ log Z(l) of the bound; --bound draws more of them for these three, for 256 canno
 guidances share their seeds and twins. p is the law of this chain at strength 0. The twist
 of Calibrated sees no more than sample.py gives it: the first --pilot trajectories of the pool. Learned learns on all of it.
 natural: by the unit's own law, as Learned is but in the row called gaussian; finite: shifts for steps of finite length, and not Tweedie's.
-Rows called noise-aware read clean estimates by the twin of --noise-aware (a folder of NoiseAwareModule, or bundled, which the default units
-have unless another is said, as in sample.py), the others never do.
+Rows called noise-aware read clean estimates by the twin of --noise-aware (a folder of NoiseAwareModule, or bundled, which the units that it reads, the default ones
+among them, have unless another is said, as in sample.py), the others never do.
 
 +- is one standard error: bootstrap over seeds and pool, seeds in common. A kl_lower with ">=" lies at the edge of
 what the pool can say of log Z: a bound still, but not the sharpest. The energy is linear, where MomentMatched and
@@ -44,7 +44,7 @@ from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sample_pool import run_pool
 from tiltlens.sampling.sampler import Sampler
 from tiltlens.units import UnitBank, build_unit
-from tiltlens.units.noise_aware import CONFIG, WEIGHTS, twin_folder
+from tiltlens.units.noise_aware import CONFIG, WEIGHTS, place, twin_folder
 from tiltlens.units.twins import adopt_twins
 
 GUIDANCES = {
@@ -417,6 +417,15 @@ def common(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def read_by_the_bundled(unit: str) -> bool:
+    """Whether the bundled reader was trained for it."""
+    known = json.loads((twin_folder("bundled") / CONFIG).read_text())["units"]
+    members = build_unit(unit).members
+    return all(
+        getattr(m, "address", None) and m.address.encoder == "bundled" and place(m) in known for m in members
+    )
+
+
 def arguments() -> argparse.Namespace:
     parser = common(__doc__)
     parser.add_argument(
@@ -429,7 +438,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shift", nargs="+", type=float, default=[1.0], help="in prior standard deviations")
     parser.add_argument("--steps", type=int, default=40)
     asked = parser.parse_args()
-    if asked.noise_aware is None and asked.prior == "bundled" and set(asked.units) <= set(UNITS):
+    if asked.noise_aware is None and asked.prior == "bundled" and all(map(read_by_the_bundled, asked.units)):
         asked.noise_aware = "bundled"  # as "auto" of sample.py takes it
     asked.guidance = asked.guidance or PUBLISHED + (READ if asked.noise_aware else [])
     if asked.quick:

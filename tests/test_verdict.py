@@ -61,8 +61,11 @@ def test_the_default_units_are_read_by_the_bundled_reader(bench, monkeypatch):
 
     assert asked().noise_aware == "bundled"
     assert READ in asked().guidance
+    assert asked("--units", "bundled,class=cat").noise_aware == "bundled"
     assert asked("--prior", "elsewhere").noise_aware is None
-    assert asked("--units", "bundled,class=cat").noise_aware is None
-    assert READ not in asked("--units", "bundled,class=cat").guidance
+    assert asked("--units", "resnet18,class=cat").noise_aware is None
+    unread = "bundled,layer=blocks.3,tokens=patch,reduction=max,channel=17"
+    assert asked("--units", "bundled,class=cat", unread).noise_aware is None
+    assert READ not in asked("--units", unread).guidance
     with pytest.raises(SystemExit):
-        asked("--units", "bundled,class=cat", "--guidance", READ)
+        asked("--units", unread, "--guidance", READ)
