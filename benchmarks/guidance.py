@@ -44,7 +44,8 @@ from tiltlens.sampling.plan import Row
 from tiltlens.sampling.sample_pool import run_pool
 from tiltlens.sampling.sampler import Sampler
 from tiltlens.units import UnitBank, build_unit
-from tiltlens.units.noise_aware import CONFIG, WEIGHTS, place, twin_folder
+from tiltlens.units.address import Address
+from tiltlens.units.noise_aware import CONFIG, WEIGHTS, same_unit, twin_folder
 from tiltlens.units.twins import adopt_twins
 
 GUIDANCES = {
@@ -419,11 +420,10 @@ def common(description: str) -> argparse.ArgumentParser:
 
 def read_by_the_bundled(unit: str) -> bool:
     """Whether the bundled reader was trained for it."""
-    known = json.loads((twin_folder("bundled") / CONFIG).read_text())["units"]
-    members = build_unit(unit).members
-    return all(
-        getattr(m, "address", None) and m.address.encoder == "bundled" and place(m) in known for m in members
-    )
+    told = json.loads((twin_folder("bundled") / CONFIG).read_text())["units"]
+    known = {same_unit(Address.parse(f"bundled,{u}")) for u in told}
+    addresses = [getattr(m, "address", None) for m in build_unit(unit).members]
+    return all(a and a.encoder == "bundled" and same_unit(a) in known for a in addresses)
 
 
 def arguments() -> argparse.Namespace:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning import Trainer
 from prior_folders import ddpm, write_pixel
+from small_nets import register_small_net
 from torch import nn
 
 from tiltlens.errors import UserError
@@ -12,7 +13,7 @@ from tiltlens.modules.noise_aware_module import NoiseAwareModule
 from tiltlens.modules.noise_aware_start import members_of
 from tiltlens.modules.noise_aware_task import UnitTask
 from tiltlens.priors import load_prior
-from tiltlens.units import Encoder, UnitBank, build_unit, load_encoder, register_encoder
+from tiltlens.units import UnitBank, build_unit, load_encoder
 from tiltlens.units.every import is_every, spread
 from tiltlens.units.noise_aware import NoiseAware, TwinConfig, few, load_twin, place, reader_of, save_twin
 from tiltlens.units.unit import read_together
@@ -28,8 +29,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("every")
     torch.manual_seed(0)
     write_pixel(path, ddpm())
-    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 36, 3))
-    register_encoder(Encoder(net, 8, name="star-net"))
+    register_small_net("star-net")
     return path
 
 
@@ -59,11 +59,14 @@ def test_named_units_come_first_and_each_unit_once(folder):
 
 @pytest.mark.parametrize(
     ("address", "why"),
-    [("star-net,class=*", "has no class names"), ("star-net,layer=nope,channel=*", "unknown layer 'nope'")],
+    [
+        ("star-net,class=*", "has no class names"),
+        ("star-net,layer=nope,channel=*", "unknown layer 'nope'"),
+        ("twin-net,channel=*", "not of the encoder star-net"),
+    ],
 )
 def test_a_star_that_stands_for_nothing_is_refused(folder, address, why):
-    with pytest.raises(ValueError, match=why):
-        spread([address], load_encoder("star-net"))
+    register_small_net("twin-net")  # which has as many channels
     with pytest.raises(UserError, match=why):
         NoiseAwareModule("star-net", prior=str(folder), units=[address], own=0, own_share=0)
 
@@ -79,6 +82,9 @@ def test_units_are_read_together_as_alone():
     outputs = encoder.outputs(torch.rand(3, 3, 32, 32) * 2 - 1, [f"blocks.{k}" for k in (1, 2, 3)] + [None])
     alone = torch.stack([u.read(outputs[u.address.layer]) for u in found], 1)
     torch.testing.assert_close(read_together(found, outputs), alone, rtol=1e-5, atol=1e-5)
+    beyond = units([f"{PLACE},channel=17", f"{PLACE},channel=128"])
+    with pytest.raises(ValueError, match=r"channel=128: channel = 128: the layer has 128 channels, 0 to 127"):
+        read_together(beyond, outputs)
 
 
 def test_a_reader_reads_the_units_that_are_wanted_and_no_layer_beyond_them():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning import Trainer
 from prior_folders import ddpm, write_pixel
+from small_nets import register_small_net
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -21,7 +22,7 @@ from tiltlens.sampling.noise import Noise
 from tiltlens.sampling.responses import responses
 from tiltlens.sampling.sample_pool import unguided
 from tiltlens.schedule import step_indices
-from tiltlens.units import Encoder, load_encoder, register_encoder
+from tiltlens.units import load_encoder
 from tiltlens.units.noise_aware import load_twin
 
 UNITS = ["slope-net,channel=1", "slope-net,layer=0,channel=2"]
@@ -33,8 +34,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("responses")
     torch.manual_seed(0)
     write_pixel(path, ddpm())
-    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(6 * 36, 3))
-    register_encoder(Encoder(net, 8, name="slope-net"))
+    register_small_net("slope-net")
     return path
 
 

@@ -21,7 +21,7 @@ def members_of(units: Sequence[str], encoder: Encoder) -> tuple[int, list[Unit]]
     members = {m.name: m for u in one for m in build_unit(u).load().members}
     named = len(members)
     for u in spread([u for u in units if is_every(u)], encoder):
-        for m in build_unit(u).load(encoder).members:
+        for m in build_unit(u).load().members:
             members.setdefault(m.name, m)
     return named, list(members.values())
 

@@ -69,7 +69,7 @@ class NoiseAware(nn.Module):
         read = f"{fingerprint(_state(twin))} {config.log_snr} {config.units}"
         self.sha256 = hashlib.sha256(read.encode()).hexdigest()
         known = [Address.parse(f"bundled,{u}") for u in config.units or []]
-        self._columns = {_same(a): k for k, a in enumerate(known)}
+        self._columns = {same_unit(a): k for k, a in enumerate(known)}
 
     def at(self, log_snr: float) -> bool:
         """Whether the twin reads at this noise level."""
@@ -78,13 +78,13 @@ class NoiseAware(nn.Module):
 
     def reads(self, unit: EncoderUnit) -> bool:
         """Whether it was trained for this unit of its encoder."""
-        return self.config.units is None or _same(unit.address) in self._columns
+        return self.config.units is None or same_unit(unit.address) in self._columns
 
     def read(self, members: Sequence[Unit], images: Tensor, log_snr: float) -> dict[Unit, Tensor]:
         """Raw activations (B,) of these units, float32 or better. Differentiable."""
         if isinstance(self.twin, UnitReader):
             members = list(dict.fromkeys(members))
-            values = self.twin.read(images, log_snr, [self._columns[_same(m.address)] for m in members])
+            values = self.twin.read(images, log_snr, [self._columns[same_unit(m.address)] for m in members])
             return dict(zip(members, values.unbind(1)))
         outputs = self.twin.activations(images, list(dict.fromkeys(m.address.layer for m in members)))
         return {m: m.read(outputs[m.address.layer]) for m in members}
@@ -95,8 +95,8 @@ def place(unit: EncoderUnit) -> str:
     return str(replace(unit.address, encoder="bundled", weights=None)).partition(",")[2]
 
 
-def _same(address: Address) -> tuple:
-    """What addresses of one unit have in common, however much of the default tokens and reduction they spell out."""
+def same_unit(address: Address) -> tuple:
+    """Equal for addresses of one unit of one encoder, however much of the default tokens and reduction they spell out."""
     tokens, reduction = address.tokens or "patch", address.reduction
     single = tokens == "cls" or tokens.startswith("cell")
     if single or (tokens != "map" and reduction == "mean"):

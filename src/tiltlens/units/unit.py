@@ -109,12 +109,17 @@ class EncoderUnit(Unit):
 
 def read_together(units: Sequence[EncoderUnit], outputs: Mapping[str | None, Tensor]) -> Tensor:
     """Activations (B, units) of one encoder's units, from the outputs of its layers: `read`, but what channels of one place have in
-    common, positions and reduction, is done once for all. As exact, not to the bit."""
+    common, positions and reduction, is done once for all. As exact, not to the bit. Raises what `read` raises."""
     order, places, others = _plan(tuple(units))
     found = []
     for (layer, tokens, reduction), channels in places.items():
-        h, default = positions(_precise(outputs[layer]), tokens, units[0].encoder)
-        found.append(reduce(h, reduction or default)[:, channels])
+        try:
+            h, default = positions(_precise(outputs[layer]), tokens, units[0].encoder)
+            found.append(reduce(h, reduction or default)[:, channels])
+        except (ValueError, IndexError):
+            for u in units:  # the one that cannot be read says so
+                u.read(outputs[u.address.layer])
+            raise
     found += [u.read(outputs[u.address.layer])[:, None] for u in others]
     return torch.cat(found, 1)[:, order]
 
