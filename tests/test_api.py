@@ -105,7 +105,7 @@ def test_units_are_spelled_so_that_they_read_back(tmp_path):
 
 def test_the_bundled_unit_rises_and_its_images_come_back(tmp_path):
     result = tilt(
-        "bundled", "bundled,class=horse", [0, 8.0], n=4, steps=16, pilot=24, batch_size=4, out=tmp_path / "run",
+        "bundled", "bundled,class=horse", [0, 8.0], n=4, steps=12, pilot=16, batch_size=4, out=tmp_path / "run",
         accelerator="cpu",
     )  # fmt: skip
     zero, tilted = result.curve

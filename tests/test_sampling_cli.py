@@ -16,7 +16,7 @@ from prior_folders import edm, flow, write_pixel
 from tiltlens import GaussianMixture, Linear, Projection, tilt
 from tiltlens.guidance import DPS
 from tiltlens.modules import sampling_cli
-from tiltlens.modules.accelerator import without_mps
+from tiltlens.modules.accelerator import slow_bfloat16, without_mps
 from tiltlens.modules.command_line import plain, run
 from tiltlens.modules.sampling_cli import SamplingCLI, main
 from tiltlens.run_folder import RunFolder
@@ -346,3 +346,14 @@ def test_what_a_run_cannot_say_is_said_where_it_ends(tmp_path, capsys):
     notes = RunFolder(tmp_path / "run").read_summary()["warnings"]
     assert any("only bounds" in note for note in notes)
     assert all(f"note: {note}" in capsys.readouterr().err for note in notes[:1])
+
+
+def test_bfloat16_that_is_computed_in_software_is_told(monkeypatch):
+    """Where the CPU has no instructions for it; never of a GPU, nor of float32."""
+    for fast in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda fast=fast: fast)
+        said = slow_bfloat16(torch.device("cpu"), trainer="bf16-mixed", model="bfloat16")
+        assert (said is None) == fast
+    assert "--trainer.precision 32-true --model.precision float32" in said
+    assert slow_bfloat16(torch.device("cpu"), trainer="32-true", model="float32") is None
+    assert slow_bfloat16(torch.device("cuda"), model="bfloat16") is None

@@ -1,7 +1,9 @@
-"""Which accelerator can run this: log-weights are float64, which Apple's GPU (mps) does not have."""
+"""Which accelerator can run this, and in what precision: log-weights are float64, which Apple's GPU (mps) does not have; bfloat16 on a CPU
+without instructions for it takes several times as long as float32."""
 
 from typing import Any
 
+import torch
 from lightning import Trainer
 from lightning.pytorch.accelerators import MPSAccelerator
 
@@ -18,3 +20,14 @@ def check_float64(trainer: Trainer) -> None:
             "trainer.accelerator: sampling keeps log-weights in float64, expected a device that has it, found mps "
             "(Apple's GPU), which has not. Pass --trainer.accelerator=cpu (accelerator='cpu' in Python)"
         )
+
+
+def slow_bfloat16(device: torch.device, **asked: str) -> str | None:
+    """What to say of settings (option=precision) that ask for bfloat16 where it is no faster; None where none does. oneDNN has kernels for it from
+    AVX-512 on, and elsewhere convolutions are computed by the plain loops of the library."""
+    rough = [name for name, precision in asked.items() if str(precision).startswith(("bf16", "bfloat16"))]
+    if not rough or device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    exact = {"trainer": "32-true", "model": "float32"}
+    better = " ".join(f"--{name}.precision {exact[name]}" for name in rough)
+    return f"this CPU has no instructions for bfloat16, which takes several times as long as float32 here: {better} is faster"

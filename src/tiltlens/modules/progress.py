@@ -37,9 +37,10 @@ class SamplingProgress(Callback):
         self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if batch_idx == 0:
-            self._batches = list(trainer.predict_dataloaders.dataset)[
-                trainer.global_rank :: trainer.world_size
-            ]
+            batches = list(trainer.predict_dataloaders.dataset)[trainer.global_rank :: trainer.world_size]
+            # once, not at every step: a batch may have thousands of rows
+            self._rows = [len(b) for b in batches]
+            self._costs = [sum(GUIDED_COST if r.strength > 0 else 1 for r in b) for b in batches]
         self._batch = batch_idx
 
     def report(self, phase: str, done: int, total: int) -> None:
@@ -50,9 +51,7 @@ class SamplingProgress(Callback):
         if phase in ("pilot", "learning"):
             self._show(phase, f"step {done} of {total}", done, total)
             return
-        costs = [sum(GUIDED_COST if r.strength > 0 else 1 for r in b) for b in self._batches]
-        rows = [len(b) for b in self._batches]
-        k = self._batch
+        rows, costs, k = self._rows, self._costs, self._batch
         finished = sum(rows[: k + (done == total)])
         what = f"{finished} of {sum(rows)} rows, step {done} of {total}"
         self._show("sampling", what, sum(costs[:k]) * total + costs[k] * done, sum(costs) * total)

@@ -133,6 +133,8 @@ class RunFolderWriter(Callback):
         names = [u.name for u in pl_module.units]
         slugs = [u.slug for u in pl_module.units]
         chain = pl_module.sampler.chain
+        levels = list(enumerate(zip(chain.indices, chain.log_snr.tolist())))
+        first, group_size = trainer.datamodule.seed, trainer.datamodule.group_size
         rows, steps = [], []
         for i, row in enumerate(outputs.rows):
             image = None
@@ -151,16 +153,17 @@ class RunFolderWriter(Callback):
                 "ancestor": None if outputs.ancestor is None else int(outputs.ancestor[i]),
                 "seconds": seconds / len(outputs.rows),
             })  # fmt: skip
+            if not _keeps_steps(row.seed - first, group_size):
+                continue
             steps += [
                 {
                     "unit": names[row.unit], "strength": row.strength, "seed": row.seed, "step": k, "t": t,
-                    "log_snr": float(chain.log_snr[k]), "guidance_norm": float(outputs.guidance_norm[i, k]),
+                    "log_snr": level, "guidance_norm": float(outputs.guidance_norm[i, k]),
                     "path_kl_step": float(outputs.step_kl[i, k]),
                     "ess": None if outputs.ess is None else _number(outputs.ess[i, k]),
                     "ancestors": None if outputs.ancestors is None else float(outputs.ancestors[i, k]),
                 }
-                for k, t in enumerate(chain.indices)
-                if _keeps_steps(row.seed - trainer.datamodule.seed, trainer.datamodule.group_size)
+                for k, (t, level) in levels
             ]  # fmt: skip
         self.records.save(pl_module.method.recorded() if any(r.strength > 0 for r in outputs.rows) else None)
         self.folder.write_part(rows, steps)

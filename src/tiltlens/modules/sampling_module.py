@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from tiltlens.batches import network_rows
 from tiltlens.energies import Energy, Linear, parse_level
 from tiltlens.guidance import Calibrated, Guidance
-from tiltlens.modules.accelerator import check_float64
+from tiltlens.modules.accelerator import check_float64, slow_bfloat16
 from tiltlens.priors import load_prior
 from tiltlens.priors.prior import Prior
 from tiltlens.sampling import ChainSampler, Independent
@@ -157,6 +158,8 @@ class SamplingModule(LightningModule):
         if stage != "predict":
             raise ValueError(f"SamplingModule samples: use Trainer.predict, not {stage}")
         self.check_trainer(self.trainer)
+        if said := slow_bfloat16(self.trainer.strategy.root_device, model=self.precision):
+            rank_zero_warn(said)
         self.load()
         self.check_plan(self.trainer.datamodule)
 

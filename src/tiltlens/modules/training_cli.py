@@ -21,9 +21,10 @@ import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from tiltlens.errors import UserError
-from tiltlens.modules.accelerator import without_mps
+from tiltlens.modules.accelerator import slow_bfloat16, without_mps
 from tiltlens.modules.amortise_module import AmortiseModule
 from tiltlens.modules.checkpoints import CheckResumed, StepCheckpoint, WholeCheckpointIO
 from tiltlens.modules.command_line import CommandLine, check_devices
@@ -98,6 +99,11 @@ class TrainingCLI(CommandLine):
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
+        network = self._get(self.config, "model").init_args.get("precision", "")
+        if said := slow_bfloat16(
+            self.trainer.strategy.root_device, trainer=self.trainer.precision, model=network
+        ):
+            rank_zero_warn(said)
         if hasattr(self.model, "check_data"):  # before a whole set is decoded
             self.model.check_data(self.datamodule)
         if hasattr(self.model, "read_data"):  # a module may train on what it makes of the images

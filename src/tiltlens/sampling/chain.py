@@ -17,6 +17,7 @@ deterministic and not guided. With eta = 0 no step has noise: sampling works, th
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class Chain:
     def __len__(self) -> int:
         return len(self.indices)
 
-    @property
+    @cached_property
     def log_snr(self) -> Tensor:
         """(steps,) at the start of each step."""
         return self.denoiser.schedule.log_snr[self.indices]
