@@ -24,6 +24,7 @@ from torchvision.utils import save_image
 from tiltlens.energies import Linear
 from tiltlens.guidance import DPS, LGD, MPGD, Amortised, Calibrated, Exact, Guidance, MomentMatched
 from tiltlens.guidance.amortised import AdapterConfig
+from tiltlens.modules.accelerator import cpu_precision
 from tiltlens.modules.training_cli import TrainingCLI
 from tiltlens.priors import GaussianMixture, load_prior
 from tiltlens.sampling.chain_sampler import Samples
@@ -176,7 +177,7 @@ def main() -> None:
     )
     parser.add_argument("--adapter", type=Path, help="an adapter folder; without it the mixture")
     parser.add_argument("--pool", type=Path, help="pool-*.safetensors of the training run")
-    parser.add_argument("--precision", default="bfloat16", help="of the prior's network")
+    parser.add_argument("--precision", default=cpu_precision(), help="of the prior's network")
     parser.add_argument(
         "--samples", type=int, default=None, help="a row; default 4096 on the mixture, 64 of a unit"
     )

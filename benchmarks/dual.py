@@ -29,6 +29,7 @@ import numpy as np
 from tiltlens import tilt
 from tiltlens.estimates.dual import FIRST
 from tiltlens.guidance import Calibrated
+from tiltlens.modules.accelerator import cpu_precision
 from tiltlens.modules.results import columns
 from tiltlens.report.digits import number, plus_minus
 from tiltlens.sampling import Independent, Particles
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--pilot", type=int, default=1000)
     parser.add_argument("--order", type=int, default=1, choices=ORDERS, help="of the chain")
-    parser.add_argument("--precision", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--precision", default=cpu_precision(), choices=("float32", "bfloat16"))
     parser.add_argument("--quick", action="store_true", help="does it run: one unit, few steps")
     asked = parser.parse_args()
     if asked.quick:

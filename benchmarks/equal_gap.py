@@ -28,7 +28,7 @@ from guidance import AWARE, GUIDANCES, Bench, Figure, common, fingerprints, pm, 
 from tiltlens.priors import load_prior
 from tiltlens.units import build_unit
 
-THEIRS, OURS, GOAL = "DPS", "Calibrated, memory, natural, finite, noise-aware", 2.0
+THEIRS, OURS, GOAL = "DPS", "Calibrated, memory, noise-aware", 2.0
 STEPS = [6, 8, 12, 16, 24, 40]
 BEGIN = {"DPS": 0.3}  # a strength to begin the tuning with, for a shift of one; 1 for what is calibrated
 MISSED = 0.25  # of the shift: such a row is marked

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from tiltlens.energies import Linear
 from tiltlens.guidance import Calibrated, Guidance, Learned
+from tiltlens.modules.accelerator import cpu_precision
 from tiltlens.priors import load_prior
 from tiltlens.sampling import Particles
 from tiltlens.sampling.chain import ORDERS
@@ -434,7 +435,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--judge", type=Path, required=True, help="timm folder of a classifier")
     parser.add_argument("--prior", default="bundled", help="bundled, a diffusers folder, or a hub name")
-    parser.add_argument("--precision", default="bfloat16", help="of the prior's network: bfloat16 or float32")
+    parser.add_argument(
+        "--precision",
+        default=cpu_precision(),
+        help="of the prior's network: bfloat16 or float32; what this CPU is faster with",
+    )
     parser.add_argument("--encoder", default="bundled", help="whose class units are asked for")
     parser.add_argument("--classes", nargs="+", default=CLASSES)
     parser.add_argument("--nats", type=float, default=3.0)

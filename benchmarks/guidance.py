@@ -10,7 +10,8 @@ gets below -log Z(s). All rows of a unit share one pool of unguided samples (its
 log Z(l) of the bound; --bound draws more of them for these three, for 256 cannot tell log Z at a shift of two), and all
 guidances share their seeds and twins. p is the law of this chain at strength 0. The twist
 of Calibrated sees no more than sample.py gives it: the first --pilot trajectories of the pool. Learned learns on all of it.
-natural: by the unit's own law, as Learned is but in the row called gaussian; finite: shifts for steps of finite length, and not Tweedie's.
+Calibrated and Learned go by the unit's own law but in rows called gaussian; Calibrated has shifts for steps of finite length, Learned where the row says
+finite; tweedie: those of short steps. blend 1: the average of memory alone steers, not half of it and half of the step's own gradient.
 Rows called noise-aware read clean estimates by the twin of --noise-aware (a folder of NoiseAwareModule, or bundled, which the units that it reads, the default ones
 among them, have unless another is said, as in sample.py), the others never do.
 
@@ -37,6 +38,7 @@ from tiltlens.estimates.importance import tilt
 from tiltlens.estimates.samples import Samples
 from tiltlens.estimates.trust import trusted_log_z
 from tiltlens.guidance import DPS, LGD, MPGD, Calibrated, Guidance, Learned, MomentMatched
+from tiltlens.modules.accelerator import cpu_precision
 from tiltlens.priors import load_prior
 from tiltlens.sampling.chain import ORDERS
 from tiltlens.sampling.pilot import UnitPilot
@@ -56,13 +58,14 @@ GUIDANCES = {
     "Calibrated": lambda: Calibrated(memory=0, smoothing=1),
     "Calibrated, memory": lambda: Calibrated(smoothing=1),
     "Calibrated, memory, 4 views": lambda: Calibrated(smoothing=4),
-    "Calibrated, memory, finite": lambda: Calibrated(smoothing=1, finite=True),
-    "Calibrated, memory, natural, finite": lambda: Calibrated(smoothing=1, law="natural", finite=True),
+    "Calibrated, memory, blend 1": lambda: Calibrated(smoothing=1, blend=1.0),
+    "Calibrated, memory, gaussian, tweedie": lambda: Calibrated(smoothing=1, law="gaussian", finite=False),
     "Learned": Learned,
     "Learned, gaussian, tweedie": lambda: Learned(law="gaussian", finite=False),
     "Calibrated, memory, noise-aware": lambda: Calibrated(smoothing=1),
-    "Calibrated, memory, natural, finite, noise-aware": lambda: Calibrated(
-        smoothing=1, law="natural", finite=True
+    "Calibrated, memory, blend 1, noise-aware": lambda: Calibrated(smoothing=1, blend=1.0),
+    "Calibrated, memory, gaussian, tweedie, noise-aware": lambda: Calibrated(
+        smoothing=1, law="gaussian", finite=False
     ),
     "Learned, gaussian, tweedie, noise-aware": lambda: Learned(law="gaussian", finite=False),
     "Learned, noise-aware": Learned,
@@ -155,7 +158,7 @@ class Bench:
         start = time.perf_counter()
         reader = Learned() if any(g.startswith("Learned") for g in asked.guidance) else DPS()
         self.pilots, self.slopes, self.lessons = {}, {}, {}
-        for twin in sorted({False, *(g.endswith(AWARE) for g in asked.guidance)}):  # the same trajectories
+        for twin in sorted({g.endswith(AWARE) for g in asked.guidance}):  # the same trajectories
             pilots = self._sampler(reader, twin).run_pilot(
                 asked.pool, asked.batch_size, lambda k, n: tell(f"pool {k}/{n}")
             )
@@ -172,7 +175,7 @@ class Bench:
             )  # fmt: skip
             self.members = [drawn.members[:, k, : u.size] for k, u in enumerate(self.bank.units)]
             tell(f"{asked.bound} for the bound: {time.perf_counter() - start:.0f} s", end="\n")
-        sampler = self.calibrated(DPS())
+        sampler = self.calibrated(DPS(), twin)
         naturals = sampler.constraint.naturals
         self.pool = [unguided((u.combine((m - n.member_mean) / n.member_std) - n.mean) / n.std)
                      for u, m, n in zip(self.bank.units, self.members, naturals)]  # fmt: skip
@@ -399,7 +402,11 @@ def common(description: str) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--prior", default="bundled", help="bundled, a diffusers folder, or a hub name")
-    parser.add_argument("--precision", default="bfloat16", help="of the prior's network: bfloat16 or float32")
+    parser.add_argument(
+        "--precision",
+        default=cpu_precision(),
+        help="of the prior's network: bfloat16 or float32; what this CPU is faster with",
+    )
     parser.add_argument(
         "--units", nargs="+", default=UNITS, help="addresses (with weights=FILE for other encoders)"
     )

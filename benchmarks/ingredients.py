@@ -3,7 +3,8 @@
     python benchmarks/ingredients.py [--out figures.json] [--units ADDRESS ...] [--pilot 256] [--shadows 128] [--noise-aware DIR] [--quick]
 
 A pilot of unguided trajectories is run once, and some of them again, as shadows: the shifts that every guidance would make are
-held against the noise of each step without being applied (src/tiltlens/guidance/learning.py). No guided sample is drawn. efficiency: KL
+held against the noise of each step without being applied (src/tiltlens/guidance/learning.py). No guided sample is drawn. memory: the average of the
+gradients alone; blend: half of it, and half of the step's own gradient, as Calibrated has it by default. efficiency: KL
 efficiency at a small shift, 1 for the tilt itself; gap: what is left of the optimum's own s^2 Var a / 2, at the
 strength as it is, 1 for no guidance at all and more for one that over-tilts. The learned rows are judged on trajectories
 that they were not fitted to. +- is one standard error, over trajectories; rows share them, so that their differences
@@ -24,8 +25,9 @@ import numpy as np
 import torch
 
 from tiltlens.energies import Linear
-from tiltlens.guidance import DPS, Learned
+from tiltlens.guidance import DPS, Calibrated, Learned
 from tiltlens.guidance.learning import Found, Shadows, judge, settle
+from tiltlens.modules.accelerator import cpu_precision
 from tiltlens.priors import load_prior
 from tiltlens.sampling.pilot import arguments
 from tiltlens.sampling.sampler import Sampler
@@ -45,6 +47,7 @@ ROWS = (
     "Calibrated, no memory",
     "+ memory",
     "+ redraws",
+    "+ blend",
     "+ learned multipliers",
     "+ learned twist",
 )
@@ -126,6 +129,11 @@ class Bench:
         own = self.guidance.candidates.index((1, self.guidance.memory)) if k else 0
         columns = {c: (seen.d[..., c], seen.gram[..., c, c]) for c in {0, own}}
         plain = seen.plain[..., 0], seen.plain[..., 1]
+        both, now = [0, self.guidance.candidates.index((0, 0.0))], 1 - (share := Calibrated().blend)
+        mixed = torch.zeros(seen.d.shape[-1], dtype=torch.float64).index_put(
+            (torch.tensor(both),), torch.tensor([share, now]).double()
+        )
+        blended = seen.d @ mixed, torch.einsum("tnce,c,e->tn", seen.gram, mixed, mixed)
         headed = torch.zeros(steps, dtype=torch.bool) if self.heads is None else self.heads.gain[unit] > 0
         learned = settle(seen, slope, intercept, self.sampler.chain.log_snr, headed, variance)
         guided, late = float(read.double().mean()), float((read | headed).double().mean())
@@ -138,6 +146,7 @@ class Bench:
             (told(slope, *plain), 1 + 3 * guided, ""),
             (told(slope, *columns[own]), 1 + 3 * guided, ""),
             (told(slope, *columns[0]), 1 + 3 * guided + redraw, f"{k} redraws"),
+            (told(slope, *blended), 1 + 3 * guided + redraw, ""),
             (multipliers, 1 + 3 * guided + redraw, taken),
             (learned.found.get("head", multipliers), 1 + 2 * guided + late + redraw, f"head at {int(headed.sum())} steps"),
         ]  # fmt: skip
@@ -177,7 +186,11 @@ def arguments_of_command() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--prior", default="bundled", help="bundled, a diffusers folder, or a hub name")
-    parser.add_argument("--precision", default="bfloat16", help="of the prior's network: bfloat16 or float32")
+    parser.add_argument(
+        "--precision",
+        default=cpu_precision(),
+        help="of the prior's network: bfloat16 or float32; what this CPU is faster with",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--units", nargs="+", default=UNITS, help="addresses")
     parser.add_argument("--steps", type=int, default=40)

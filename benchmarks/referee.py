@@ -34,6 +34,7 @@ from tiltlens.estimates.importance import KL_ROOT, relative_variance, tilt
 from tiltlens.estimates.samples import Samples
 from tiltlens.estimates.widening import of_pool, of_run
 from tiltlens.guidance import Calibrated
+from tiltlens.modules.accelerator import cpu_precision
 from tiltlens.priors import load_prior
 from tiltlens.sampling import NoiseSpace, Particles
 from tiltlens.sampling.burn_in import BurnIn
@@ -307,7 +308,11 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--prior", default="bundled", help="bundled, a diffusers folder, or a hub name")
-    parser.add_argument("--precision", default="bfloat16", help="of the prior's network: bfloat16 or float32")
+    parser.add_argument(
+        "--precision",
+        default=cpu_precision(),
+        help="of the prior's network: bfloat16 or float32; what this CPU is faster with",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--units", nargs="+", default=UNITS, help="addresses")
     parser.add_argument("--nats", type=float, default=3.0, help="KL at the largest strength, about")

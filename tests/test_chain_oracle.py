@@ -18,8 +18,8 @@ from tiltlens.units import Projection, UnitBank
 LINE = ([0.6, 0.4], [[-1.0], [1.2]], [0.3, 0.15])
 GUIDANCES = {
     "dps": DPS, "lgd": lambda: LGD(samples=2), "mpgd": MPGD, "moment matched": MomentMatched, "exact": Exact,
-    "calibrated": Calibrated, "calibrated, no memory": lambda: Calibrated(memory=0),
-    "calibrated, natural": lambda: Calibrated(law="natural", finite=True),
+    "calibrated": lambda: Calibrated(law="gaussian", finite=False), "calibrated, no memory": lambda: Calibrated(memory=0, law="gaussian", finite=False),
+    "calibrated, natural": Calibrated,
     "learned": lambda: Learned(shadows=32),
 }  # fmt: skip
 ENERGIES = {"linear": Linear(False), "target": Target(1.0, 0.8, False), "threshold": Threshold(1.5, False)}

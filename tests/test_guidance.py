@@ -20,7 +20,7 @@ STEPS = 10
 GUIDANCES = {
     "dps": DPS, "lgd": LGD, "mpgd": MPGD, "moment matched": MomentMatched, "exact": Exact, "calibrated": Calibrated,
     "calibrated, no memory": lambda profile=None: Calibrated(memory=0, profile=profile), "learned": Learned,
-    "calibrated, natural": lambda profile=None: Calibrated(law="natural", finite=True, profile=profile),
+    "calibrated, gaussian": lambda profile=None: Calibrated(law="gaussian", finite=False, profile=profile),
 }  # fmt: skip
 each = pytest.mark.parametrize("name", GUIDANCES)
 
@@ -101,7 +101,7 @@ def test_on_a_gaussian_moment_matched_and_calibrated_are_exact(energy, t):
     x, strengths = normal(4, 2), [0.2, 1.0, 3.0, 10.0]
     tables = pilot_tables(1.0, 1.25 * posterior_variance(t))
     exact = shift(*bind(Exact(), GAUSSIAN, energy, strengths), GAUSSIAN, x, t).shift
-    for guidance in (MomentMatched(), Calibrated(memory=0)):
+    for guidance in (MomentMatched(), Calibrated(memory=0, law="gaussian")):
         found = shift(*bind(guidance, GAUSSIAN, energy, strengths, tables=tables), GAUSSIAN, x, t).shift
         name = type(guidance).__name__
         torch.testing.assert_close(found, exact, atol=1e-6, rtol=1e-6, msg=lambda e: f"{name}: {e}")  # noqa: B023
@@ -125,7 +125,14 @@ def test_every_twist_of_a_linear_energy_agrees_on_a_gaussian(t):
     """log psi = s a(x0_hat) + const; the shift is s (sigma^2/alpha) (d x0_hat/d x_t) w = s Cov(x_0 | x_t) w."""
     x, s = normal(3, 2), 1.7
     expected = (s * posterior_variance(t) * torch.tensor(W[0], dtype=torch.float64)).expand(3, 2)
-    for guidance in (Exact(), MomentMatched(), DPS(), LGD(), Calibrated(memory=0), Calibrated(memory=3.0)):
+    for guidance in (
+        Exact(),
+        MomentMatched(),
+        DPS(),
+        LGD(),
+        Calibrated(memory=0, law="gaussian"),
+        Calibrated(memory=3.0, law="gaussian"),
+    ):
         found = shift(*bind(guidance, GAUSSIAN, Linear(False), [s] * 3), GAUSSIAN, x, t).shift
         name = type(guidance).__name__
         torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9, msg=lambda e: f"{name}: {e}")  # noqa: B023

@@ -48,7 +48,7 @@ class Unpushed(DPS):
 
 GUIDANCES = {
     "dps": DPS, "lgd": lambda: LGD(samples=2), "mpgd": MPGD, "moment matched": MomentMatched, "exact": Exact,
-    "calibrated": Calibrated, "natural": lambda: Calibrated(law="natural", finite=True), "wrong": Wrong, "unpushed": Unpushed, "late": lambda: DPS([0.1, 0.7]),
+    "calibrated": lambda: Calibrated(law="gaussian", finite=False), "natural": Calibrated, "wrong": Wrong, "unpushed": Unpushed, "late": lambda: DPS([0.1, 0.7]),
 }  # fmt: skip
 LINEAR, TARGET, THRESHOLD = Linear(False), Target(0.8, 1.2, False), Threshold(1.0, False)
 

@@ -252,11 +252,11 @@ def steered(energy, unit, count):
     return units.rows(torch.zeros(count, dtype=torch.long), torch.full((count,), 1.5, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("memory", [0.0, 0.5, 4.0])
-def test_memory_is_a_running_average_without_bias(memory):
-    """h_k = sum_j (1 - b) b^(k-j) grad_j / (1 - b^k), b = exp(-1/memory), from the first slope that is not zero."""
+@pytest.mark.parametrize(("memory", "blend"), [(0.0, 0.5), (0.5, 1.0), (4.0, 1.0), (4.0, 0.5), (4.0, 0.0)])
+def test_memory_is_a_running_average_without_bias_blended_with_the_step_alone(memory, blend):
+    """h_k = sum_j (1 - b) b^(k-j) grad_j / (1 - b^k), b = exp(-1/memory), from the first slope that is not zero; blend h_k + (1 - blend) grad_k."""
     energy, slopes = Target(1.0, 0.7, False), torch.tensor([0, 0, 0.2, 0.5, 0.8, 1, 1, 1, 1, 1]).double()
-    guidance, rows = Calibrated(memory), steered(energy, A, 3)
+    guidance, rows = Calibrated(memory, blend=blend, law="gaussian"), steered(energy, A, 3)
     guidance.prepare(by_hand(slopes), None, None)
     w, b, gradients = torch.tensor(A.direction).double(), math.exp(-1 / memory) if memory else 0.0, []
     held = guidance.start(normal(3, 2))
@@ -274,7 +274,8 @@ def test_memory_is_a_running_average_without_bias(memory):
         weights = torch.tensor(
             [(1 - b) * b ** (k - 1 - j) / (1 - b**k) for j in range(k)], dtype=torch.float64
         )
-        expected = slopes[number] * FACTOR * (weights[:, None, None] * torch.stack(gradients)).sum(0)
+        average = (weights[:, None, None] * torch.stack(gradients)).sum(0)
+        expected = slopes[number] * FACTOR * (blend * average + (1 - blend) * gradients[-1])
         torch.testing.assert_close(out.shift, expected, msg=lambda e: f"memory {memory}, step {number}: {e}")  # noqa: B023
 
 
@@ -282,7 +283,10 @@ def test_smoothing_averages_the_gradient_over_views():
     """Two views: the image and its mirror image; of a linear unit the mean of w and the mirrored w."""
     w = normal(3 * 8 * 8).reshape(3, 8, 8)
     images = normal(2, 3, 8, 8, seed=1)
-    guidance, rows = Calibrated(0, smoothing=2), steered(Linear(False), Projection(w.flatten().tolist()), 2)
+    guidance, rows = (
+        Calibrated(0, smoothing=2, law="gaussian"),
+        steered(Linear(False), Projection(w.flatten().tolist()), 2),
+    )
     guidance.prepare(by_hand(torch.ones(3)), None, None)
     out = guidance(Identity(w.shape), images, Step(0, 1, SCHEDULE, False, None), rows, guidance.start(images))
     torch.testing.assert_close(out.shift, (1.5 * FACTOR * (w + w.flip(-1)) / 2).expand(2, 3, 8, 8))
@@ -302,7 +306,7 @@ def test_redraws_keep_the_noise_level_and_leave_a_linear_unit_alone():
     torch.testing.assert_close(found.std(0), torch.full_like(x, 0.6 * sigma), rtol=0.05, atol=0)
 
     energy, rows = Target(1.0, 0.7, False), steered(Target(1.0, 0.7, False), A, 3)
-    guidance = Calibrated(0, redraws=4)
+    guidance = Calibrated(0, redraws=4, law="gaussian")
     guidance.prepare(by_hand(torch.ones(3)), None, None)
     out = guidance(Identity((2,)), x, step, rows, guidance.start(x))
     w = torch.tensor(A.direction).double()

@@ -6,10 +6,14 @@ trajectories regresses a(x_0) on u_t at every step, a(x_0) | u_t ~ N(c_t + rho_t
     psi_t = E[exp(-s E(a))],  a ~ N(c_t + rho_t u_t, r_t^2),      for E = -a:  log psi_t = s rho_t u_t + const,
 
 so that strength means what it says and nothing is spent where the unit cannot be read. Where a noise-aware reader reads the unit, u_t is its
-E[a(x_0) | x_t], and rho_t is taken to be about 1 before the pilot is seen (`tiltlens.sampling.pilot.regression`). With law = "natural" a is not
+E[a(x_0) | x_t], and rho_t is taken to be about 1 before the pilot is seen (`tiltlens.sampling.pilot.regression`). With law = "natural", the default, a is not
 Gaussian but of the unit's own law on natural images, mean and residual variance as before (`tiltlens.guidance.channel`). Memory: single-step
 gradients are mostly noise that later steps undo, and KL pays for both; their running average along the trajectory, with time
-constant `memory` in units of log-SNR, is pulled back through the denoiser instead. What is averaged is d(-s E)/d x0_hat; with the natural law,
+constant `memory` in units of log-SNR, is pulled back through the denoiser. An average lags: of a gradient g and its average m the mix
+
+    blend m + (1 - blend) g      (quasi-hyperbolic momentum, Ma and Yarats, 2019)
+
+pays less for a shift than either. What is averaged is d(-s E)/d x0_hat; with the natural law,
 whose force d log psi / d mean changes along the way, it is du/d x0_hat, and the force is the present one. The shift may
 depend on the whole past, so that all weights stay exact. Smoothing: the gradient is averaged over a few shifts and flips of the image.
 Redraws: what steers is the mean gradient over the x_0 that x_t may come from, and not the gradient at their mean: by
@@ -45,11 +49,11 @@ class Calibrated(Guidance):
     """The calibrated twist with memory and smoothing.
 
     memory: time constant of the running average in units of log-SNR; b = exp(-step / memory), 0.8 a step at 40 steps;
-    0 switches it off. smoothing: views of the clean estimate (flips, shifts of a pixel) averaged, each one pass of the
+    0 switches it off. blend: the share of the average, beside the gradient of the step; 1 is the average alone. smoothing: views of the clean estimate (flips, shifts of a pixel) averaged, each one pass of the
     encoder; 1 is the image as it is. Vectors have one view. redraws: estimates with noise drawn anew that are averaged
     besides, each one more forward of the denoiser, without a graph, and a pass of the encoder. law: of a(x_0) given its
-    mean, gaussian or natural; a unit without natural activations has the Gaussian one. finite: shifts for steps of finite length
-    (`tiltlens.guidance.guidance.finite_step`); Tweedie's are those of short ones.
+    mean, natural or gaussian; a unit without natural activations has the Gaussian one. finite: shifts for steps of finite length
+    (`tiltlens.guidance.guidance.finite_step`); False for Tweedie's, those of short ones.
     """
 
     needs_pilot = True
@@ -59,13 +63,16 @@ class Calibrated(Guidance):
         memory: float = 2.0,
         smoothing: int = 2,
         redraws: int = 0,
-        law: str = "gaussian",
-        finite: bool = False,
+        law: str = "natural",
+        finite: bool = True,
         profile: Any = None,
+        blend: float = 0.5,
     ):
         super().__init__(profile)
         if not (math.isfinite(memory) and memory >= 0):
             raise ValueError(f"Calibrated: memory is a time in log-SNR, a number >= 0; found {memory}")
+        if not 0 <= blend <= 1:
+            raise ValueError(f"{type(self).__name__}: blend is a share, a number in [0, 1]; found {blend}")
         if not 1 <= smoothing <= len(VIEWS):
             raise ValueError(f"Calibrated: smoothing must lie in 1..{len(VIEWS)}, found {smoothing}")
         if redraws < 0:
@@ -73,7 +80,7 @@ class Calibrated(Guidance):
         if law not in LAWS:
             raise ValueError(f"{type(self).__name__}: law must be one of {', '.join(LAWS)}, found {law!r}")
         self.memory, self.smoothing, self.redraws = memory, smoothing, redraws
-        self.law, self.finite = law, finite
+        self.law, self.finite, self.blend = law, finite, blend
         self._tables: PilotTables | None = None
         self._known: list[Tensor] = []
         self._natural: NaturalLaws | None = None
@@ -105,17 +112,17 @@ class Calibrated(Guidance):
         log_psi = self.log_psi(mean, variance, step, rows)
         (force,) = torch.autograd.grad(log_psi.sum(), mean)
         fed, present = self._forces(force)
-        (h,) = torch.autograd.grad((fed * u).sum(), clean)
+        (now,) = torch.autograd.grad((fed * u).sum(), clean)
         if self.redraws:
-            h = (h + self.redraws * self._redrawn(fed, step, rows)) / (1 + self.redraws)
-        h, weight = self._remember(h, slope, step, memory)
-        average = h / per_row(weight.clamp_min(1e-12), h)
+            now = (now + self.redraws * self._redrawn(fed, step, rows)) / (1 + self.redraws)
+        h, weight = self._remember(now, slope, step, memory)
+        steers = self.blend * h / per_row(weight.clamp_min(1e-12), h) + (1 - self.blend) * now
 
         def after(g: Tensor, pulled: Tensor) -> tuple[Tensor, Tensor]:
             part = finite_step(pulled, g, step) if self.finite else torch.ones_like(slope)
             return per_row(slope * part.to(slope), g) * g, log_psi
 
-        return per_row(present, h) * average, Memory(h, weight), after
+        return per_row(present, h) * steers, Memory(h, weight), after
 
     def log_psi(
         self, mean: Tensor, variance: Tensor, step: Step, rows: RowConstraint, own: Tensor | None = None

@@ -131,7 +131,8 @@ class Learned(Calibrated):
         views = list(smoothing) if isinstance(smoothing, (list, tuple)) else [smoothing]
         if not views or len(set(views)) < len(views) or not all(1 <= k <= len(VIEWS) for k in views):
             raise ValueError(f"Learned: expected different smoothings in 1..{len(VIEWS)}, found {smoothing}")
-        super().__init__(memory, views[0], redraws, law, finite, profile)
+        # averages alone: how they are blended with the step's own gradient is learned
+        super().__init__(memory, views[0], redraws, law, finite, profile, blend=1.0)
         self.smoothing, self._views = smoothing, views
         if shadows < LEAST_PILOT:
             raise ValueError(f"Learned: shadows must be at least {LEAST_PILOT}, found {shadows}")
