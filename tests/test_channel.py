@@ -1,5 +1,7 @@
 """Laws of the natural twist: the Gaussian one for a Gaussian unit, the exact one where x_t is a Gaussian channel."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -125,6 +127,22 @@ def test_the_mean_is_met_and_force_is_greater_where_a_mode_can_be_reached():
     outside, inside = (channel.moments(lam + 1.0)[0] - m) / v
     assert outside > 1.3
     assert inside < 0.8
+
+
+def test_beyond_the_highest_activation_it_is_the_gaussian_twist():
+    """The force of a linear energy: the law's own at small strengths, the strength at great ones, where the law alone would stop pushing."""
+    a, residual, strengths = rare(64), torch.tensor([[0.5]]), [0.3, 1.0, 20.0]
+    law, prior = NaturalLaws.of([a], residual), GaussianMixture(*LINE)
+    assert law.beyond.tolist() == [1 / 65]
+    rows, forces = rows_of(Linear(False), strengths, prior), []
+    for natural in (law, replace(law, beyond=None)):
+        mean = torch.zeros(3).double().requires_grad_()
+        tilt = natural.log_tilt(rows, 0, mean, residual[0].double().expand(3))
+        forces.append(torch.autograd.grad(tilt.sum(), mean)[0] / torch.tensor(strengths).double())
+    whole, alone = forces
+    torch.testing.assert_close(whole[:2], alone[:2], rtol=0.03, atol=0)
+    assert whole[2] == pytest.approx(1, rel=0.05)
+    assert alone[2] < 0.6
 
 
 def test_a_row_is_the_same_in_any_company():

@@ -131,9 +131,7 @@ class Calibrated(Guidance):
         variance (B,) of rows `own` (B,) bool, whose it is and not the step's."""
         if self._natural is None:
             return rows.log_tilt(mean, variance)
-        channel = self._natural.rows(rows.which, step.number, mean, variance, own)
-        log_w, means, variances = channel.law(channel.at(mean))
-        return torch.logsumexp(log_w.T + rows.log_tilt(means.T, variances.T), 0).to(mean)
+        return self._natural.log_tilt(rows, step.number, mean, variance, own).to(mean)
 
     def _forces(self, force: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) each: what a gradient is multiplied with before it is remembered, and after."""

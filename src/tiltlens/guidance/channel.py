@@ -14,6 +14,10 @@ a Gaussian p this is N(mu, r_t^2), the Gaussian twist; otherwise the force of E 
 
 s where nothing is in doubt, more for an image that may still fall into a higher mode, less for one that is there.
 
+Of what lies beyond them n activations tell nothing, and a law that ends with the highest of them would stop pushing there: with the weight of
+a draw that exceeds them all, 1/(n + 1), a(x_0) is taken to be N(mu, r_t^2) instead (`log_tilt`). At strengths that the pilot can speak of this is next to nothing, at
+great ones it is the Gaussian twist.
+
 p is a sum of equal Gaussians on at most ATOMS quantile means of the activations, of Silverman's width, drawn together so that mean and
 variance are those of the activations. Every sum is over a row's own atoms: a row never depends on another.
 """
@@ -24,6 +28,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+
+from tiltlens.constraint import RowConstraint
 
 ATOMS = 64
 GRID = 96  # precisions at which the channel's residual variance is tabulated
@@ -77,13 +83,14 @@ class Channel:
 @dataclass(frozen=True)
 class NaturalLaws:
     """atoms (units, M), width2 (units,), kappa (units, steps); float64. grid, left (units, GRID): precisions, and the residual
-    variance that a channel of each leaves, the dullest last."""
+    variance that a channel of each leaves, the dullest last. beyond (units,): the weight of what lies beyond the activations; None for 0."""
 
     atoms: Tensor
     width2: Tensor
     kappa: Tensor
     grid: Tensor | None = None
     left: Tensor | None = None
+    beyond: Tensor | None = None
 
     @classmethod
     def of(cls, arguments: Sequence[Tensor], residual_variance: Tensor) -> "NaturalLaws":
@@ -91,7 +98,23 @@ class NaturalLaws:
         atoms, width2 = (torch.stack(x) for x in zip(*(_smooth(a.double()) for a in arguments)))
         grid = torch.stack([_grid(*x) for x in zip(atoms, width2)])
         left = torch.stack([_left_over(*x) for x in zip(atoms, width2, grid)])
-        return cls(atoms, width2, _precisions(left, grid, residual_variance.double()), grid, left)
+        beyond = torch.tensor(
+            [1 / (int(torch.isfinite(a).sum()) + 1) for a in arguments], dtype=torch.float64
+        )
+        return cls(atoms, width2, _precisions(left, grid, residual_variance.double()), grid, left, beyond)
+
+    def log_tilt(
+        self, rows: RowConstraint, number: int, mean: Tensor, variance: Tensor, own: Tensor | None = None
+    ) -> Tensor:
+        """log E[exp(-s E(a))] (B,) float64 over p(a | mean), at step `number`. mean, variance (B,): of the regression; own: as of `rows`."""
+        channel = self.rows(rows.which, number, mean, variance, own)
+        log_w, means, variances = channel.law(channel.at(mean))
+        inside = torch.logsumexp(log_w.T + rows.log_tilt(means.T, variances.T), 0)
+        if self.beyond is None:
+            return inside
+        share = self.beyond[rows.which.cpu()].to(inside)
+        beyond = rows.log_tilt(mean.double(), variance.double())
+        return torch.logaddexp((-share).log1p() + inside, share.log() + beyond)
 
     def rows(
         self, which: Tensor, number: int, like: Tensor, variance: Tensor | None = None, own: Tensor | None = None
