@@ -35,6 +35,7 @@ ATOMS = 64
 GRID = 96  # precisions at which the channel's residual variance is tabulated
 NODES = 12  # of Gauss-Hermite quadrature over its noise
 NEWTON = 40
+MET = 1e-8  # of the mean; one step more squares it
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,13 @@ class Channel:
         lam = torch.zeros_like(mu).clamp(low, high)
         for _ in range(NEWTON):
             first, variance = self.moments(lam)
+            met = (first - mu).abs() <= MET * (1 + mu.abs())
+            if bool(met.all()):
+                break
             low, high = torch.where(first <= mu, lam, low), torch.where(first >= mu, lam, high)
             step = lam + (mu - first) / variance
-            lam = torch.where((step > low) & (step < high), step, (low + high) / 2)
+            step = torch.where((step > low) & (step < high), step, (low + high) / 2)
+            lam = torch.where(met, lam, step)  # each row stops by itself: others may go on
         return lam
 
 
