@@ -105,3 +105,15 @@ def test_a_network_whose_jacobian_is_no_covariance_is_shortened_within_bounds():
     part = finite_step(h, g, step)
     assert bool((part >= math.exp(-0.8) - 1e-12).all())
     assert bool((part <= 1).all())
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_steps_that_are_not_ancestral_keep_tweedies_shift(eta):
+    prior = GaussianMixture(*RARE)
+    images = []
+    for finite in (False, True):
+        guidance = Calibrated(memory=0, law="gaussian", finite=finite)
+        sampler = Sampler(prior, UnitBank([Projection([1.0])]), Linear(False), guidance, 12, eta)
+        sampler.calibrate(sampler.run_pilot(64, 64))
+        images.append(sampler.sample([Row(0, 0.7, seed) for seed in range(8)]).images)
+    assert torch.equal(*images)

@@ -295,6 +295,8 @@ def test_what_a_method_needs_is_asked_for():
     for bad in (
         lambda: Calibrated(memory=-1),
         lambda: Calibrated(smoothing=0),
+        lambda: Calibrated(blend=1.5),
+        lambda: Calibrated(blend=float("nan")),
         lambda: LGD(samples=0),
         lambda: MPGD(0.0),
     ):

@@ -357,3 +357,6 @@ def test_bfloat16_that_is_computed_in_software_is_told(monkeypatch):
     assert "--trainer.precision 32-true --model.precision float32" in said
     assert slow_bfloat16(torch.device("cpu"), trainer="32-true", model="float32") is None
     assert slow_bfloat16(torch.device("cuda"), model="bfloat16") is None
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # a build without oneDNN
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert "float32" in slow_bfloat16(torch.device("cpu"), model="bfloat16")

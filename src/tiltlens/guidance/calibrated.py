@@ -53,7 +53,7 @@ class Calibrated(Guidance):
     encoder; 1 is the image as it is. Vectors have one view. redraws: estimates with noise drawn anew that are averaged
     besides, each one more forward of the denoiser, without a graph, and a pass of the encoder. law: of a(x_0) given its
     mean, natural or gaussian; a unit without natural activations has the Gaussian one. finite: shifts for steps of finite length
-    (`tiltlens.guidance.guidance.finite_step`); False for Tweedie's, those of short ones.
+    (`tiltlens.guidance.guidance.finite_step`), at eta = 1; False for Tweedie's, those of short ones, as at any other eta.
     """
 
     needs_pilot = True

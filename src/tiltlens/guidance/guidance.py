@@ -32,7 +32,7 @@ After = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class Step:
     """Where a chain stands: step `number` of the chain, index t of the table; `twist_noise(k)` draws (B, k, *shape)
     from each row's own twist stream. redraw(k, kappa): see `redrawn`; there once x0_hat is. gain: log-SNR that the step
-    gains; 0 stands for a step of no length."""
+    gains; 0 stands for a step of no length, and for one that is not ancestral (eta < 1)."""
 
     number: int
     t: int

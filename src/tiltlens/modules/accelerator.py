@@ -23,13 +23,14 @@ def check_float64(trainer: Trainer) -> None:
 
 
 def cpu_precision() -> str:
-    """Of a prior's network, the one that this CPU is faster with."""
-    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+    """Of a prior's network, the one that this CPU is faster with: bfloat16 where oneDNN has kernels for it, from AVX-512 on; elsewhere
+    convolutions are computed by plain loops."""
+    known = torch.backends.mkldnn.is_available()  # some builds have no oneDNN to ask
+    return "bfloat16" if known and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 def slow_bfloat16(device: torch.device, **asked: str) -> str | None:
-    """What to say of settings (option=precision) that ask for bfloat16 where it is no faster; None where none does. oneDNN has kernels for it from
-    AVX-512 on, and elsewhere convolutions are computed by the plain loops of the library."""
+    """What to say of settings (option=precision) that ask for bfloat16 where it is no faster; None where none does."""
     rough = [name for name, precision in asked.items() if str(precision).startswith(("bf16", "bfloat16"))]
     if not rough or device.type != "cpu" or cpu_precision() == "bfloat16":
         return None

@@ -123,7 +123,8 @@ class Chain:
 
     def where(self, number: int, twist_noise: Callable[[int], Tensor]) -> Step:
         """Step `number`, but the last, as guidance sees it."""
-        gain = float(self.log_snr[number + 1] - self.log_snr[number])
+        # what finite length takes from Tweedie's shift is known of ancestral steps alone
+        gain = float(self.log_snr[number + 1] - self.log_snr[number]) if self.eta == 1 else 0.0
         return Step(number, self.indices[number], self.denoiser.schedule, self.clip, twist_noise, gain=gain)
 
     def move(self, state: State, number: int, guided: Guided, noise: Noise) -> tuple[State, Info]:
